@@ -1,0 +1,106 @@
+"""What a step is told and what it answers: frozen values between scheduler, runner and sampler.
+
+Owns no state and no tensors; the scheduler builds a `Chunk` per scheduled sequence, the runner
+answers with a `ChunkResult` per chunk, in order.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended on an engine (stop strings are the gateway's)."""
+
+    LENGTH = "length"
+    STOP_TOKEN = "stop_token"
+    EOS = "eos"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen; meanings and limits as in protos/common.proto, defaults filled in."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppingParams:
+    """When a sequence ends, as far as an engine can see it."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """One token's log probability and its zero-based rank among all tokens."""
+
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionLogprobs:
+    """The chosen token and the most likely alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """Asks for one next token per seed from the distribution after the chunk's last token.
+
+    `position` is the absolute position of the token to be sampled (prompt length + output length);
+    random numbers are a function of (seed, position) alone. `masked_token_ids` are barred now
+    (EOS and stop tokens before min_new_tokens). Penalties read the two token lists.
+    """
+
+    params: SamplingParams
+    seeds: tuple[int, ...]
+    position: int
+    prompt_token_ids: tuple[int, ...] | list[int] = ()
+    output_token_ids: tuple[int, ...] | list[int] = ()
+    masked_token_ids: frozenset[int] = frozenset()
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Tokens of one sequence to compute in this step.
+
+    `token_ids` stand at positions start .. start + len - 1; `blocks` lists every block of the
+    sequence up to and including those positions. `sample` is None when more prompt follows.
+    `prompt_logprobs` asks for that many alternatives at each chunk position whose next token is in
+    `next_token_ids` (same length as token_ids, or one shorter on the last prompt chunk).
+    """
+
+    token_ids: list[int]
+    start: int
+    blocks: list[int]
+    sample: SampleRequest | None = None
+    prompt_logprobs: int | None = None
+    next_token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkResult:
+    """One token per seed (empty when the chunk did not sample), with logprobs when asked for."""
+
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
