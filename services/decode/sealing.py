@@ -1,0 +1,44 @@
+"""Blocks a rank fills while decoding, sealed into the store as they fill.
+
+Owns the chain of block names of one sequence and the puts in flight. A block is pinned while it is
+being written out; losing a put only costs a later recomputation.
+"""
+
+from __future__ import annotations
+
+from engine.engine import StepItem
+from engine.sequence import Sequence
+from kv.block import block_keys
+from services.worker import PUBLISH_DEADLINE_S, Worker
+
+
+class SealedBlocks:
+    """Follows one sequence's full blocks into the store, in order."""
+
+    def __init__(self, *, worker: Worker, root: bytes, sequence: Sequence) -> None:
+        self._worker = worker
+        self._sequence = sequence
+        self._num_sealed = sequence.num_computed // worker.block_tokens
+        tokens = sequence.token_ids[: self._num_sealed * worker.block_tokens]
+        keys = block_keys(root, tokens, worker.block_tokens)
+        self._parent = keys[-1] if keys else root
+
+    def advance(self, item: StepItem) -> None:
+        """Seals what this step filled; called on the loop after the step."""
+        block_tokens = self._worker.block_tokens
+        num_full = item.num_computed_after // block_tokens
+        if num_full <= self._num_sealed:
+            return
+        first, self._num_sealed = self._num_sealed, num_full
+        tokens = self._sequence.token_ids[first * block_tokens : num_full * block_tokens]
+        keys = block_keys(self._parent, tokens, block_tokens)
+        self._parent = keys[-1]
+        blocks = self._sequence.blocks[first:num_full]
+        self._worker.pool.share(blocks)
+        self._worker.spawn(self._put(keys, blocks))
+
+    async def _put(self, keys: list[bytes], blocks: list[int]) -> None:
+        try:
+            await self._worker.store.publish(keys, blocks, deadline_s=PUBLISH_DEADLINE_S)
+        finally:
+            self._worker.release(blocks)

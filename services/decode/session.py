@@ -1,0 +1,278 @@
+"""One gateway's session on this rank: its requests, and one outgoing message per step.
+
+Owns the requests' admission (memory, pull, fork), their outputs until sent, and their end. Never samples,
+never decides what a step runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import grpc
+
+from engine.engine import StepItem
+from engine.sequence import Sequence
+from kv.block import block_keys, prefix_identity
+from mesh.errors import KvmeshError
+from protos import common_pb2, decode_pb2
+from services import wire
+from services.decode.sealing import SealedBlocks
+from services.worker import Worker
+
+
+@dataclass(slots=True)
+class Request:
+    """One admitted request and what it holds."""
+
+    admit: decode_pb2.Admit
+    root: bytes
+    admission: asyncio.Task[None] | None = None
+    sequences: dict[int, Sequence] = field(default_factory=dict)
+    sealed: dict[int, SealedBlocks] = field(default_factory=dict)
+    cancelled: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceKey:
+    """Names a sequence on this rank."""
+
+    session_id: int
+    handle: int
+    sequence_index: int
+
+
+class Session:
+    """State of one bidirectional stream. All methods run on the event loop."""
+
+    def __init__(self, worker: Worker, session_id: int) -> None:
+        self._worker = worker
+        self._session_id = session_id
+        self._requests: dict[int, Request] = {}
+        self._pending = decode_pb2.SessionResponse()
+        self._outputs: dict[SequenceKey, decode_pb2.SequenceOutput] = {}
+        self._has_pending = asyncio.Event()
+        self._closed = False
+
+    @property
+    def num_requests(self) -> int:
+        """Live requests on this session."""
+        return len(self._requests)
+
+    async def next_message(self) -> decode_pb2.SessionResponse | None:
+        """Waits for something to say; a slow stream gets several steps in one message. None at the end."""
+        await self._has_pending.wait()
+        self._has_pending.clear()
+        if self._closed:
+            return None
+        message, self._pending = self._pending, decode_pb2.SessionResponse()
+        self._outputs.clear()
+        message.step = self._worker.engine.num_steps
+        return message
+
+    def end(self) -> None:
+        """The gateway half-closed or is gone: wakes the writer for the last time."""
+        self._closed = True
+        self._has_pending.set()
+
+    def command(self, command: decode_pb2.SessionRequest) -> None:
+        """Takes one command of the gateway."""
+        if command.HasField("admit"):
+            self._admit(command.admit)
+        elif command.HasField("cancel"):
+            cancel = command.cancel
+            index = cancel.sequence_index if cancel.HasField("sequence_index") else None
+            self._cancel(cancel.handle, index)
+
+    def close(self) -> None:
+        """Drops every request; blocks are free at once or after the step that runs over them."""
+        for handle in list(self._requests):
+            self._cancel(handle, None)
+
+    def on_item(self, item: StepItem) -> None:
+        """Takes one sequence's part of a step."""
+        key = item.sequence.key
+        request = self._requests[key.handle]
+        request.sealed[key.sequence_index].advance(item)
+        if item.token_ids:
+            self._append_output(key, item)
+        if item.finish_reason is not None:
+            self._forget(key.handle, key.sequence_index)
+
+    def fail(self, sequence: Sequence, error: BaseException) -> None:
+        """The step that held this sequence failed: the whole request is rejected."""
+        handle = sequence.key.handle
+        if handle in self._requests:
+            self._cancel(handle, None)
+            self._reject(handle, grpc.StatusCode.INTERNAL, f"decode step failed: {error}")
+
+    def flush(self) -> None:
+        """Ends a step: whatever is pending goes out in one message."""
+        if self._pending.ByteSize():
+            self._has_pending.set()
+
+    def _admit(self, admit: decode_pb2.Admit) -> None:
+        if admit.handle in self._requests:
+            self._reject(
+                admit.handle, grpc.StatusCode.ALREADY_EXISTS, f"handle {admit.handle} is live"
+            )
+            return
+        request = Request(admit=admit, root=self._worker.root(admit.cache_salt))
+        self._requests[admit.handle] = request
+        request.admission = asyncio.ensure_future(self._run_admission(request))
+
+    async def _run_admission(self, request: Request) -> None:
+        admit = request.admit
+        telemetry = self._worker.telemetry
+        with telemetry.tracer.start_as_current_span(
+            "decode.admit", context=telemetry.context(admit.traceparent)
+        ):
+            try:
+                self._worker.check_request(admit.fingerprint, len(admit.prompt_token_ids))
+                started_at = time.monotonic()
+                num_pulled = await self._place(request)
+                self._pending.admitted.add(
+                    handle=admit.handle,
+                    num_pulled_tokens=num_pulled,
+                    get_s=time.monotonic() - started_at,
+                )
+                self._has_pending.set()
+            except KvmeshError as error:
+                self._cancel(admit.handle, None)
+                self._reject(admit.handle, error.code, str(error))
+            except ValueError as error:
+                self._cancel(admit.handle, None)
+                self._reject(admit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _place(self, request: Request) -> int:
+        """Pulls KV and queues every sequence; returns tokens pulled for the first one.
+
+        Sequences that still agree on all tokens but the last share one pull: full blocks by
+        reference, the tail block by copy. After a resume each pulls its own.
+        """
+        states = request.admit.sequences
+        if not states:
+            raise ValueError("sequences is empty; at least one is needed")
+        prompt = list(request.admit.prompt_token_ids)
+        tokens = [*prompt, *states[0].output_token_ids]
+        blocks, num_computed = await self._pull(request, tokens)
+        # Pinned until the last fork is made: the first sequence may finish meanwhile.
+        self._worker.pool.share(blocks)
+        try:
+            self._start_sequence(request, states[0], blocks, num_computed)
+            for state in states[1:]:
+                own = [*prompt, *state.output_token_ids]
+                if own[:-1] == tokens[:-1]:
+                    forked = await self._worker.engine.fork(blocks, num_computed)
+                    self._start_sequence(request, state, forked, num_computed)
+                else:
+                    self._start_sequence(request, state, *await self._pull(request, own))
+        finally:
+            self._worker.release(blocks)
+        return num_computed
+
+    async def _pull(self, request: Request, tokens: list[int]) -> tuple[list[int], int]:
+        """Gets KV for all tokens but the last: sealed blocks, then the private tail. Owns the blocks."""
+        worker, admit = self._worker, request.admit
+        block_tokens = worker.block_tokens
+        num_needed = len(tokens) - 1
+        keys = block_keys(request.root, tokens[:num_needed], block_tokens)
+        blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
+        try:
+            num_pulled = await worker.pull(keys, blocks, admit.priority)
+            num_computed = num_pulled * block_tokens
+            if num_pulled == len(keys) and self._has_tail(request, num_needed):
+                tail = num_pulled
+                key = admit.handoff.tail_key
+                if await worker.pull_private(key, blocks, tail, admit.priority):
+                    num_computed = num_needed
+            return blocks, num_computed
+        except BaseException:
+            worker.release(blocks)
+            raise
+
+    def _has_tail(self, request: Request, num_needed: int) -> bool:
+        """Whether the hand-off's tail is exactly what these tokens need."""
+        admit = request.admit
+        handoff = admit.handoff
+        if not handoff.tail_key or handoff.num_tokens != num_needed:
+            return False
+        prompt = admit.prompt_token_ids[: handoff.num_tokens]
+        identity = prefix_identity(request.root, prompt, self._worker.block_tokens)
+        if identity != handoff.identity:
+            failures = self._worker.telemetry.instruments.kv_verify_failures
+            failures.add(1, {"reason": "identity"})
+            return False
+        return True
+
+    def _start_sequence(
+        self,
+        request: Request,
+        state: common_pb2.SequenceState,
+        blocks: list[int],
+        num_computed: int,
+    ) -> None:
+        admit, index = request.admit, state.sequence_index
+        if index in request.cancelled:
+            self._worker.release(blocks)
+            return
+        sequence = Sequence(
+            key=SequenceKey(
+                session_id=self._session_id, handle=admit.handle, sequence_index=index
+            ),
+            prompt_token_ids=list(admit.prompt_token_ids),
+            output_token_ids=list(state.output_token_ids),
+            seeds=(state.seed,),
+            sampling=wire.sampling_params(admit.sampling),
+            stopping=wire.stopping_params(admit.stopping, admit.eos_token_ids),
+            num_logprobs=admit.logprobs if admit.HasField("logprobs") else None,
+            priority=admit.priority,
+        )
+        sequence.blocks = list(blocks)
+        sequence.num_computed = num_computed
+        request.sequences[index] = sequence
+        request.sealed[index] = SealedBlocks(
+            worker=self._worker, root=request.root, sequence=sequence
+        )
+        self._worker.engine.add(sequence)
+
+    def _append_output(self, key: SequenceKey, item: StepItem) -> None:
+        output = self._outputs.get(key)
+        if output is None:
+            output = self._pending.outputs.add(
+                handle=key.handle, sequence_index=key.sequence_index
+            )
+            self._outputs[key] = output
+        output.token_ids.extend(item.token_ids)
+        output.logprobs.extend(wire.position_logprobs(p) for p in item.logprobs)
+        output.finish_reason = wire.finish_reason(item.finish_reason)
+
+    def _cancel(self, handle: int, sequence_index: int | None) -> None:
+        request = self._requests.get(handle)
+        if request is None:
+            return
+        if sequence_index is not None and len(request.admit.sequences) > 1:
+            request.cancelled.add(sequence_index)
+            if sequence := request.sequences.get(sequence_index):
+                self._worker.engine.drop(sequence)
+                self._forget(handle, sequence_index)
+            return
+        del self._requests[handle]
+        current = asyncio.current_task()
+        if request.admission and request.admission is not current:
+            request.admission.cancel()
+        for sequence in request.sequences.values():
+            self._worker.engine.drop(sequence)
+
+    def _forget(self, handle: int, sequence_index: int) -> None:
+        request = self._requests[handle]
+        del request.sequences[sequence_index]
+        del request.sealed[sequence_index]
+        admission_over = request.admission is None or request.admission.done()
+        if admission_over and not request.sequences:
+            del self._requests[handle]
+
+    def _reject(self, handle: int, code: grpc.StatusCode, message: str) -> None:
+        self._pending.rejected.add(handle=handle, code=code.value[0], message=message)
+        self._has_pending.set()

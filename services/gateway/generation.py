@@ -1,0 +1,67 @@
+"""GenerationService: one client's stream per call.
+
+Owns the edge between a client and its request: validation, admission, and that a client that is gone ends
+the work at once. Never generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from mesh.errors import KvmeshError
+from protos import gateway_pb2, gateway_pb2_grpc
+from services.gateway.ledger import Ledger
+from services.gateway.registry import Registry
+from services.gateway.request import Mesh, Request
+from services.gateway.validation import validate
+
+if TYPE_CHECKING:
+    import grpc
+
+
+class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
+    """Serves clients over one mesh."""
+
+    def __init__(self, mesh: Mesh, registry: Registry) -> None:
+        self._mesh = mesh
+        self._registry = registry
+
+    async def Generate(  # noqa: N802 - gRPC method name
+        self,
+        request: gateway_pb2.GenerateRequest,
+        context: grpc.aio.ServicerContext[
+            gateway_pb2.GenerateRequest, gateway_pb2.GenerateResponse
+        ],
+    ) -> AsyncIterator[gateway_pb2.GenerateResponse]:
+        """Streams one answer; a slow client gets fewer, longer deltas."""
+        ledger = Ledger()
+        request_id, live = self._admit(request, ledger)
+        with self._registry.live(request_id, live):
+            context.add_done_callback(lambda _: live.close())
+            live.start()
+            try:
+                while messages := await live.outbox.take():
+                    for message in messages:
+                        yield message
+            finally:
+                live.close()
+
+    async def Abort(  # noqa: N802 - gRPC method name
+        self,
+        request: gateway_pb2.AbortRequest,
+        context: grpc.aio.ServicerContext[gateway_pb2.AbortRequest, gateway_pb2.AbortResponse],
+    ) -> gateway_pb2.AbortResponse:
+        """Ends a live request with ABORTED and usage."""
+        return gateway_pb2.AbortResponse(aborted=self._registry.abort(request.request_id))
+
+    def _admit(self, request: gateway_pb2.GenerateRequest, ledger: Ledger) -> tuple[str, Request]:
+        try:
+            self._registry.check_open(request.request_id)
+            model = self._mesh.router.model
+            valid = validate(request, model)
+        except KvmeshError as error:
+            rejected = self._mesh.telemetry.instruments.requests_rejected
+            rejected.add(1, {"reason": error.reason})
+            raise
+        return valid.request_id, Request(valid, model, self._mesh, ledger)

@@ -1,0 +1,59 @@
+"""One Prefill call on one instance.
+
+Owns the call's life: it ends with the request's task, with the instance, or with its answer. Never retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+
+from mesh.errors import Unavailable, from_rpc_error
+from protos import prefill_pb2, prefill_pb2_grpc
+from services.gateway.instance import Instance
+
+# Longest computation of one prompt; the client's own deadline cancels earlier.
+PREFILL_TIMEOUT_S = 600.0
+
+
+async def call_prefill(
+    instance: Instance,
+    request: prefill_pb2.PrefillRequest,
+    on_started: Callable[[prefill_pb2.PrefillStarted], None],
+) -> prefill_pb2.PrefillFinished:
+    """Runs the call to its end; cancelling the caller cancels it at the instance.
+
+    Raises the instance's error as a KvmeshError, Unavailable when it is lost or ends early.
+    """
+    call = prefill_pb2_grpc.PrefillServiceStub(instance.channel).Prefill(
+        request, timeout=PREFILL_TIMEOUT_S
+    )
+    lost: list[str] = []
+
+    def lose(reason: str) -> None:
+        lost.append(reason)
+        call.cancel()
+
+    try:
+        with instance.when_lost(lose):
+            async for response in call:
+                event = response.WhichOneof("event")
+                if event == "started":
+                    on_started(response.started)
+                elif event == "finished":
+                    return response.finished
+    except grpc.RpcError as error:
+        raise from_rpc_error(error) from error
+    except asyncio.CancelledError:
+        if not lost:  # the request's task is being cancelled, not the call by `lose`
+            raise
+        raise _gone(instance, lost[0]) from None
+    finally:
+        call.cancel()
+    raise _gone(instance, "the call ended without an answer")
+
+
+def _gone(instance: Instance, why: str) -> Unavailable:
+    return Unavailable(f"prefill {instance.address}: {why}", reason="PREFILL_LOST", retryable=True)

@@ -1,0 +1,195 @@
+"""This gateway's stream to one decode rank.
+
+Owns the stream's life (kept open, reopened with back-off) and the table of requests on it. Dispatches a
+step's outputs in one pass; never waits for a client and never touches tokens itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Protocol
+
+import grpc
+
+from mesh.errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    KvmeshError,
+    ResourceExhausted,
+    Unavailable,
+    from_rpc_error,
+)
+from protos import decode_pb2, decode_pb2_grpc
+from services.gateway.instance import Instance
+
+log = logging.getLogger("kvmesh.gateway")
+
+MIN_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 1.0
+_REJECTIONS: Mapping[int, type[KvmeshError]] = {
+    kind.code.value[0]: kind
+    for kind in (InvalidArgument, FailedPrecondition, ResourceExhausted, Unavailable, Internal)
+}
+
+
+class Mailbox(Protocol):
+    """Where a request's answers from a rank go. Its methods must not block."""
+
+    def on_admitted(self, admitted: decode_pb2.Admitted) -> None:
+        """The request's KV is in place."""
+        ...
+
+    def on_output(self, output: decode_pb2.SequenceOutput) -> None:
+        """New tokens of one sequence."""
+        ...
+
+    def on_failure(self, error: KvmeshError) -> None:
+        """The rank refused or is gone; nothing follows."""
+        ...
+
+
+class RankSession:
+    """One bidirectional stream, reopened for ever until `close`."""
+
+    def __init__(self, instance: Instance, *, on_change: Callable[[], None]) -> None:
+        self.instance = instance
+        self._stub = decode_pb2_grpc.DecodeServiceStub(instance.channel)
+        self._on_change = on_change
+        self._handles = itertools.count(1)
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._commands: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue()
+        self._is_open = False
+        self._lost_reason = ""
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests can be admitted now."""
+        return self._is_open
+
+    @property
+    def num_requests(self) -> int:
+        """Requests on the stream."""
+        return len(self._mailboxes)
+
+    def start(self) -> None:
+        """Begins opening the stream."""
+        self._task = asyncio.ensure_future(self._run())
+
+    async def close(self) -> None:
+        """Ends the stream; the rank drops what was on it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def admit(self, admit: decode_pb2.Admit, mailbox: Mailbox) -> int:
+        """Sends a request to the rank; returns its handle. Raises Unavailable without a stream."""
+        if not self._is_open:
+            raise self._lost("the session is not open")
+        handle = next(self._handles)
+        admit.handle = handle
+        self._mailboxes[handle] = mailbox
+        self._commands.put_nowait(decode_pb2.SessionRequest(admit=admit))
+        return handle
+
+    def cancel(self, handle: int, sequence_index: int | None = None) -> None:
+        """Ends one sequence at the rank, or the whole request, of which nothing is heard any more."""
+        if handle not in self._mailboxes:
+            return
+        if sequence_index is None:
+            del self._mailboxes[handle]
+        cancel = decode_pb2.Cancel(handle=handle, sequence_index=sequence_index)
+        self._commands.put_nowait(decode_pb2.SessionRequest(cancel=cancel))
+
+    def forget(self, handle: int) -> None:
+        """The rank has finished the request."""
+        self._mailboxes.pop(handle, None)
+
+    async def _run(self) -> None:
+        backoff_s = MIN_BACKOFF_S
+        while True:
+            was_open = await self._hold_stream()
+            backoff_s = MIN_BACKOFF_S if was_open else min(2 * backoff_s, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _hold_stream(self) -> bool:
+        """Opens the stream and reads it to its end; returns whether it was ever open."""
+        self._commands = asyncio.Queue()
+        call = self._stub.Session(_sent(self._commands))
+        error = self._lost("the rank ended the session")
+        was_open = False
+
+        def reset(reason: str) -> None:
+            self._lost_reason = reason
+            call.cancel()
+
+        try:
+            with self.instance.when_lost(reset):
+                await call.wait_for_connection()
+                was_open = self._is_open = True
+                log.info("session with %s is open", self.instance.address)
+                self._on_change()
+                async for response in call:
+                    self._dispatch(response)
+        except grpc.RpcError as rpc_error:
+            error = self._lost(str(from_rpc_error(rpc_error)))
+        except asyncio.CancelledError:
+            if not self._lost_reason:  # this task is being cancelled, not the call by reset
+                raise
+            error = self._lost(self._lost_reason)
+            self._lost_reason = ""
+        finally:
+            call.cancel()
+            self._end(error)
+        return was_open
+
+    def _dispatch(self, response: decode_pb2.SessionResponse) -> None:
+        mailboxes = self._mailboxes
+        for admitted in response.admitted:
+            if mailbox := mailboxes.get(admitted.handle):
+                mailbox.on_admitted(admitted)
+        for output in response.outputs:
+            if mailbox := mailboxes.get(output.handle):
+                self._deliver(mailbox, output)
+        for rejected in response.rejected:
+            if mailbox := mailboxes.pop(rejected.handle, None):
+                mailbox.on_failure(_rejection(rejected))
+
+    def _deliver(self, mailbox: Mailbox, output: decode_pb2.SequenceOutput) -> None:
+        try:
+            mailbox.on_output(output)
+        except Exception as error:  # one request's fault must not end the others' stream
+            log.exception("output of handle %d could not be taken", output.handle)
+            self.cancel(output.handle)
+            mailbox.on_failure(Internal(f"output could not be taken: {error}", reason="OUTPUT"))
+
+    def _end(self, error: KvmeshError) -> None:
+        was_open, self._is_open = self._is_open, False
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        if was_open:
+            log.warning("session with %s ended: %s", self.instance.address, error)
+            self.instance.fail(str(error))
+            self._on_change()
+        for mailbox in mailboxes.values():
+            mailbox.on_failure(error)
+
+    def _lost(self, why: str) -> Unavailable:
+        return Unavailable(
+            f"decode rank {self.instance.address}: {why}", reason="RANK_LOST", retryable=True
+        )
+
+
+async def _sent(
+    commands: asyncio.Queue[decode_pb2.SessionRequest],
+) -> AsyncIterator[decode_pb2.SessionRequest]:
+    while True:
+        yield await commands.get()
+
+
+def _rejection(rejected: decode_pb2.Rejected) -> KvmeshError:
+    kind = _REJECTIONS.get(rejected.code, Internal)
+    return kind(rejected.message, reason="RANK_REJECTED")

@@ -1,0 +1,194 @@
+"""The store's DRAM: one page-aligned mapping, and slots cut out of it.
+
+Owns which byte ranges are slots; a slab belongs to one block size while any of its slots is used.
+Never knows what a slot holds, never reads or writes the bytes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+SLOT_ALIGN = 64
+MAX_SLAB_NUM_BYTES = 64 * 2**20
+SLABS_PER_ARENA = 16
+
+
+class DramArena:
+    """Anonymous private memory, touched page by page as blocks arrive. `close` drops it."""
+
+    def __init__(self, num_bytes: int) -> None:
+        if num_bytes <= 0:
+            raise ValueError(f"arena of {num_bytes} bytes; at least 1 is needed")
+        pages = -(-num_bytes // mmap.PAGESIZE)
+        try:
+            self._mapping: mmap.mmap | None = mmap.mmap(
+                -1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            )
+        except OSError as error:
+            raise ValueError(f"arena of {num_bytes} bytes cannot be mapped: {error}") from error
+        self.num_bytes = num_bytes
+        self.memory = np.frombuffer(self._mapping, dtype=np.uint8)[:num_bytes]  # [num_bytes]
+
+    @property
+    def address(self) -> int:
+        """Virtual address of the first byte."""
+        return int(self.memory.ctypes.data)
+
+    def close(self) -> None:
+        """Lets go of the mapping; the kernel takes it when the last view is gone."""
+        self.memory = np.empty(0, dtype=np.uint8)
+        self._mapping = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slab:
+    offset: int
+    stride: int
+    num_slots: int
+    used: set[int] = field(default_factory=set)  # offsets
+    returned: list[int] = field(default_factory=list)  # heap of offsets below the watermark
+    watermark: int = 0  # slots handed out at least once
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stride * self.num_slots
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.used) == self.num_slots
+
+    def take(self) -> int:
+        if self.returned:
+            offset = heapq.heappop(self.returned)
+        else:
+            offset = self.offset + self.watermark * self.stride
+            self.watermark += 1
+        self.used.add(offset)
+        return offset
+
+
+class SlotAllocator:
+    """Slots of several sizes in [0, num_bytes), lowest offsets first to make long runs."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self._slab_num_bytes = min(MAX_SLAB_NUM_BYTES, num_bytes // SLABS_PER_ARENA)
+        self._extents: list[tuple[int, int]] = [(0, num_bytes)]  # sorted (offset, num_bytes)
+        self._slabs: dict[int, _Slab] = {}
+        self._open: dict[int, dict[int, _Slab]] = {}  # stride -> slabs with a free slot
+        self._slab_of: dict[int, _Slab] = {}  # used slot -> its slab
+
+    def allocate(self, num_bytes: int) -> int | None:
+        """Offset of a slot that holds num_bytes; None when there is no room."""
+        stride = _stride(num_bytes)
+        open_slabs = self._open.get(stride) or self._open_slab(stride)
+        if not open_slabs:
+            return None
+        slab = next(iter(open_slabs.values()))
+        offset = slab.take()
+        self._slab_of[offset] = slab
+        if slab.is_full:
+            del open_slabs[slab.offset]
+        return offset
+
+    def free(self, offset: int) -> None:
+        """Gives a slot back; an empty slab returns its bytes for any size."""
+        slab = self._slab_of.pop(offset)
+        slab.used.remove(offset)
+        open_slabs = self._open.setdefault(slab.stride, {})
+        if slab.used:
+            heapq.heappush(slab.returned, offset)
+            open_slabs[slab.offset] = slab
+            return
+        open_slabs.pop(slab.offset, None)
+        if not open_slabs:
+            del self._open[slab.stride]
+        del self._slabs[slab.offset]
+        self._return_extent(slab.offset, slab.num_bytes)
+
+    def could_fit(self, num_bytes: int, is_evictable: Callable[[int], bool]) -> bool:
+        """Whether a slot would fit if every slot that is_evictable (by offset) were freed."""
+        stride = _stride(num_bytes)
+        spans = list(self._extents)
+        for slab in self._slabs.values():
+            if slab.stride == stride and any(map(is_evictable, slab.used)):
+                return True
+            if all(map(is_evictable, slab.used)):
+                spans.append((slab.offset, slab.num_bytes))
+        run_end = run_num_bytes = 0
+        for offset, length in sorted(spans):
+            run_num_bytes = run_num_bytes + length if offset == run_end else length
+            run_end = offset + length
+            if run_num_bytes >= stride:
+                return True
+        return False
+
+    def capacity(self, num_bytes: int) -> int:
+        """Slots in all if the free bytes went to slots of num_bytes."""
+        stride = _stride(num_bytes)
+        in_slabs = sum(slab.num_slots for slab in self._slabs.values())
+        return in_slabs + sum(length // stride for _, length in self._extents)
+
+    @property
+    def used_offsets(self) -> set[int]:
+        """Offsets of all slots in use."""
+        return set(self._slab_of)
+
+    def check(self) -> None:
+        """Asserts that slabs and free extents tile the arena and that slots are counted once."""
+        spans = [*self._extents, *((s.offset, s.num_bytes) for s in self._slabs.values())]
+        position = 0
+        for offset, length in sorted(spans):
+            assert offset == position and length > 0, f"hole or overlap at {position}"
+            position = offset + length
+        assert position == self.num_bytes, "slabs and extents do not cover the arena"
+        for a, b in zip(self._extents, self._extents[1:], strict=False):
+            assert a[0] + a[1] < b[0], "free extents not merged"
+        used: dict[int, _Slab] = {}
+        for slab in self._slabs.values():
+            assert slab.used, "an empty slab was kept"
+            slots = sorted([*slab.used, *slab.returned])
+            handed_out = range(slab.offset, slab.offset + slab.watermark * slab.stride, slab.stride)
+            assert slots == list(handed_out), "slots of a slab are not used or free exactly once"
+            assert (slab.offset in self._open.get(slab.stride, {})) is not slab.is_full
+            used.update(dict.fromkeys(slab.used, slab))
+        assert used == self._slab_of, "used slots and slabs disagree"
+
+    def _open_slab(self, stride: int) -> dict[int, _Slab]:
+        wanted = max(1, self._slab_num_bytes // stride) * stride
+        fitting = [i for i, (_, length) in enumerate(self._extents) if length >= wanted]
+        if fitting:
+            chosen = fitting[0]
+        else:
+            chosen = max(
+                range(len(self._extents)), key=lambda i: self._extents[i][1], default=-1
+            )
+            if chosen < 0 or self._extents[chosen][1] < stride:
+                return {}
+        offset, length = self._extents.pop(chosen)
+        slab = _Slab(offset=offset, stride=stride, num_slots=min(wanted, length) // stride)
+        if length > slab.num_bytes:
+            rest = (offset + slab.num_bytes, length - slab.num_bytes)
+            bisect.insort(self._extents, rest)
+        self._slabs[offset] = slab
+        return self._open.setdefault(stride, {offset: slab})
+
+    def _return_extent(self, offset: int, num_bytes: int) -> None:
+        at = bisect.bisect(self._extents, (offset, 0))
+        if at < len(self._extents) and self._extents[at][0] == offset + num_bytes:
+            num_bytes += self._extents.pop(at)[1]
+        if at and sum(self._extents[at - 1]) == offset:
+            at -= 1
+            before = self._extents.pop(at)
+            offset, num_bytes = before[0], before[1] + num_bytes
+        self._extents.insert(at, (offset, num_bytes))
+
+
+def _stride(num_bytes: int) -> int:
+    return -(-num_bytes // SLOT_ALIGN) * SLOT_ALIGN

@@ -1,0 +1,221 @@
+"""PrefillService: one prompt in, sealed blocks and first tokens out.
+
+Owns the life of a prompt on this instance: memory, pull, chunks, put. Never generates past the first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from engine.engine import StepItem, StepOutcome
+from engine.sequence import Sequence as EngineSequence
+from engine.sequence import SequenceState, finish_reason_for
+from kv.block import block_keys, prefix_identity
+from mesh.errors import Internal
+from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
+from services import wire
+from services.worker import PUBLISH_DEADLINE_S, Worker
+
+if TYPE_CHECKING:
+    import grpc
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """Serves Prefill calls over one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._prompts: dict[int, Prompt] = {}
+        self._ids = itertools.count(1)
+        worker.listeners.append(self._on_step)
+        worker.failure_listeners.append(self._on_failure)
+
+    @property
+    def num_requests(self) -> int:
+        """Prompts in flight."""
+        return len(self._prompts)
+
+    async def Prefill(  # noqa: N802 - gRPC method name
+        self,
+        request: prefill_pb2.PrefillRequest,
+        context: grpc.aio.ServicerContext[prefill_pb2.PrefillRequest, prefill_pb2.PrefillResponse],
+    ) -> AsyncIterator[prefill_pb2.PrefillResponse]:
+        """Computes one prompt; cancelling the call frees everything."""
+        self._worker.check_request(request.fingerprint, len(request.prompt_token_ids))
+        prompt_id = next(self._ids)
+        prompt = Prompt(self._worker, prompt_id, request)
+        self._prompts[prompt_id] = prompt
+        try:
+            yield prefill_pb2.PrefillResponse(started=await prompt.start())
+            yield prefill_pb2.PrefillResponse(finished=await prompt.finish())
+        finally:
+            prompt.close()
+            del self._prompts[prompt_id]
+
+    def _on_step(self, outcome: StepOutcome) -> None:
+        instruments = self._worker.telemetry.instruments
+        num_computed = 0
+        for item in outcome.items:
+            num_computed += item.num_computed_after - item.num_computed_before
+            self._prompts[item.sequence.key].on_step(item)
+        instruments.kv_prefix_tokens.add(num_computed, {"result": "computed"})
+
+    def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
+        for sequence in sequences:
+            if prompt := self._prompts.get(sequence.key):
+                prompt.fail(error)
+
+
+class Prompt:
+    """One prompt on this instance, from arrival to hand-off."""
+
+    def __init__(self, worker: Worker, key: int, request: prefill_pb2.PrefillRequest) -> None:
+        self._worker = worker
+        self._request = request
+        self._arrived_at = time.monotonic()
+        self._token_ids = list(request.prompt_token_ids)
+        self._root = worker.root(request.cache_salt)
+        self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
+        self._num_published = 0
+        self._put: asyncio.Task[bool] | None = None
+        self._prompt_logprobs: list[common_pb2.PositionLogprobs] = []
+        self._computed: asyncio.Future[StepItem] = asyncio.get_running_loop().create_future()
+        self._compute_started_at = 0.0
+        self._sequence = EngineSequence(
+            key=key,
+            prompt_token_ids=self._token_ids,
+            seeds=tuple(state.seed for state in request.sequences),
+            sampling=wire.sampling_params(request.sampling),
+            stopping=wire.stopping_params(request.stopping, request.eos_token_ids),
+            num_logprobs=request.logprobs if request.HasField("logprobs") else None,
+            num_prompt_logprobs=(
+                request.prompt_logprobs if request.HasField("prompt_logprobs") else None
+            ),
+            priority=request.priority,
+        )
+
+    async def start(self) -> prefill_pb2.PrefillStarted:
+        """Takes memory, pulls the sealed prefix and queues the rest for computing."""
+        worker, request = self._worker, self._request
+        num_tokens, block_tokens = len(self._token_ids), worker.block_tokens
+        blocks = await worker.engine.allocate(-(-num_tokens // block_tokens), request.priority)
+        self._sequence.blocks = blocks
+        # The last token is always computed here: its logits choose the first token.
+        num_reusable = (num_tokens - 1) // block_tokens
+        if request.HasField("prompt_logprobs"):
+            num_reusable = 0
+        with worker.telemetry.tracer.start_as_current_span("prefill.pull"):
+            num_pulled = await worker.pull(self._keys[:num_reusable], blocks, request.priority)
+        num_cached = num_pulled * block_tokens
+        worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
+        self._num_published = num_pulled
+        self._sequence.num_computed = num_cached
+        self._compute_started_at = time.monotonic()
+        worker.engine.add(self._sequence)
+        return prefill_pb2.PrefillStarted(
+            num_cached_tokens=num_cached, queue_s=self._compute_started_at - self._arrived_at
+        )
+
+    async def finish(self) -> prefill_pb2.PrefillFinished:
+        """Waits for the last chunk and the last seal."""
+        item = await self._computed
+        computed_at = time.monotonic()
+        handoff = await self._hand_off()
+        self._worker.count_tokens(len(item.token_ids))
+        return prefill_pb2.PrefillFinished(
+            first_tokens=[
+                self._first_token(index, item) for index in range(len(item.token_ids))
+            ],
+            handoff=handoff,
+            prompt_logprobs=self._prompt_logprobs,
+            prefill_s=computed_at - self._compute_started_at,
+            put_s=time.monotonic() - computed_at,
+        )
+
+    def on_step(self, item: StepItem) -> None:
+        """Takes one step's progress: full blocks go out while the next chunk computes."""
+        item.keep_blocks = item.is_finished
+        self._prompt_logprobs.extend(wire.position_logprobs(p) for p in item.prompt_logprobs)
+        num_full = item.num_computed_after // self._worker.block_tokens
+        if num_full > self._num_published:
+            first, self._num_published = self._num_published, num_full
+            self._put = asyncio.ensure_future(self._publish(self._put, first, num_full))
+        if item.token_ids and not self._computed.done():
+            self._computed.set_result(item)
+
+    def fail(self, error: BaseException) -> None:
+        """The step that held this prompt failed."""
+        if not self._computed.done():
+            self._computed.set_exception(
+                Internal(f"prefill step failed: {error}", reason="STEP_FAILED")
+            )
+
+    def close(self) -> None:
+        """Frees everything. A put that still runs is dropped: an unsealed block is never read."""
+        if self._put:
+            self._put.cancel()
+        if self._computed.done() and not self._computed.cancelled():
+            self._computed.exception()
+        self._computed.cancel()
+        if self._sequence.state in (SequenceState.NEW, SequenceState.FINISHED):
+            self._worker.release(self._sequence.blocks)
+        else:
+            self._worker.engine.drop(self._sequence)
+
+    async def _publish(self, before: asyncio.Task[bool] | None, first: int, last: int) -> bool:
+        if before is not None and not await before:
+            return False
+        num_sealed = await self._worker.store.publish(
+            self._keys[first:last], self._sequence.blocks[first:last], deadline_s=PUBLISH_DEADLINE_S
+        )
+        return num_sealed == last - first
+
+    async def _hand_off(self) -> common_pb2.Handoff:
+        """Waits for the full blocks and seals the tail; what did not seal is recomputed later."""
+        worker, num_tokens = self._worker, len(self._token_ids)
+        if self._put is not None:
+            await self._put
+        tail_len = num_tokens % worker.block_tokens
+        tail_key = b""
+        if tail_len and self._request_decodes:
+            tail_block = self._sequence.blocks[num_tokens // worker.block_tokens]
+            await worker.engine.call(
+                worker.runner.cache.zero_block_tail, tail_block, tail_len
+            )
+            key = secrets.token_bytes(32)
+            sealed = await worker.store.publish(
+                [key], [tail_block], is_private=True, deadline_s=PUBLISH_DEADLINE_S
+            )
+            tail_key = key if sealed else b""
+        return common_pb2.Handoff(
+            tail_key=tail_key,
+            num_tokens=num_tokens,
+            identity=prefix_identity(self._root, self._token_ids, worker.block_tokens),
+        )
+
+    @property
+    def _request_decodes(self) -> bool:
+        """Whether any sequence goes on after its first token."""
+        item = self._computed.result()
+        return any(
+            finish_reason_for(token_id, 1, self._sequence.stopping) is None
+            for token_id in item.token_ids
+        )
+
+    def _first_token(self, index: int, item: StepItem) -> prefill_pb2.FirstToken:
+        token_id = item.token_ids[index]
+        first = prefill_pb2.FirstToken(
+            sequence_index=self._request.sequences[index].sequence_index,
+            token_id=token_id,
+            finish_reason=wire.finish_reason(
+                finish_reason_for(token_id, 1, self._sequence.stopping)
+            ),
+        )
+        if item.logprobs:
+            first.logprobs.CopyFrom(wire.position_logprobs(item.logprobs[index]))
+        return first

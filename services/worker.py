@@ -1,0 +1,302 @@
+"""What a prefill and a decode process have in common: model, engine, NIXL agent and store client.
+
+Owns construction, teardown and the life of blocks that a late transfer may still write. Never routes,
+never speaks to clients. The gateway and the kvstore never import this module (it loads torch).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.block_pool import BlockPool
+from engine.engine import Engine, StepOutcome
+from engine.runner import ModelRunner
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence as EngineSequence
+from kv.block import model_fingerprint, salted_root
+from kv.layout import LAYOUT_VERSION
+from kv.nixl_transfer import NixlTransfer
+from mesh.errors import FailedPrecondition, invalid
+from mesh.kvstore_client import KvStoreClient
+from mesh.process import num_fds, rss_num_bytes, task_count
+from mesh.settings import ServiceSettings, parse_bytes, setting
+from mesh.status import Rate
+from mesh.telemetry import Telemetry
+from protos import status_pb2
+
+PULL_DEADLINE_S = 10.0
+PUBLISH_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(ServiceSettings):
+    """Flags shared by `services.prefill` and `services.decode`."""
+
+    model: Path = setting(Path("models/demo"), group="model", help="directory with config.json")
+    model_name: str = setting("", group="model", help="public name; default: the directory's name")
+    dtype: str = setting(
+        "auto",
+        group="model",
+        help="weights and KV; auto is fp32 on cpu, bf16 on cuda",
+        choices=("auto", "fp32", "bf16"),
+    )
+    device: str = setting("cpu", group="model", help="where tensors live", choices=("cpu", "cuda"))
+    kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
+    kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
+    block_tokens: int = setting(64, group="memory", help="tokens per block", minimum=8, maximum=256)
+    max_batch: int = setting(64, group="scheduling", help="most sequences per step", minimum=1)
+    chunk_tokens: int = setting(
+        512, group="scheduling", help="most prompt tokens computed per step", minimum=16
+    )
+
+
+class Worker:
+    """Model, engine, NIXL agent and store client of one worker process.
+
+    Build with `start`; `close` stops the engine, then the client, then NIXL.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: WorkerSettings,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        transfer: NixlTransfer,
+        telemetry: Telemetry,
+        incarnation: str,
+        fingerprint: bytes,
+    ) -> None:
+        self.settings = settings
+        self.runner = runner
+        self.telemetry = telemetry
+        self.incarnation = incarnation
+        self.fingerprint = fingerprint
+        self.block_tokens = runner.layout.block_tokens
+        self.pool = BlockPool(runner.cache.num_blocks, self.block_tokens)
+        self.listeners: list[Callable[[StepOutcome], None]] = []
+        self.failure_listeners: list[Callable[[Sequence[EngineSequence], BaseException], None]] = []
+        self.engine = Engine(
+            runner, self.pool, scheduler, on_step=self._on_step, on_failure=self._on_failure
+        )
+        self._transfer = transfer
+        self.store = KvStoreClient(
+            addresses=list(settings.kvstore),
+            transfer=transfer,
+            block_num_bytes=runner.layout.num_bytes,
+            incarnation=incarnation,
+            digest=self._digest,
+            telemetry=telemetry,
+        )
+        self._rate = Rate()
+        self._num_tokens = 0
+        self._started_at = time.monotonic()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(
+        cls,
+        *,
+        settings: WorkerSettings,
+        role: str,
+        scheduler: Callable[[WorkerSettings], Scheduler],
+        telemetry: Telemetry,
+        incarnation: str,
+        progress: Callable[[str], None],
+    ) -> Worker:
+        """Loads the model off the loop, registers the cache with NIXL, connects to the stores."""
+        loop = asyncio.get_running_loop()
+        torch.set_num_threads(settings.num_threads)
+        runner = await loop.run_in_executor(None, _load_runner, settings, progress)
+        fingerprint = await loop.run_in_executor(None, _fingerprint, settings, runner)
+        transfer = NixlTransfer.create(
+            role=role,
+            incarnation=incarnation,
+            arena=(runner.cache.address, runner.cache.num_bytes),
+            loop=loop,
+        )
+        worker = cls(
+            settings=settings,
+            runner=runner,
+            scheduler=scheduler(settings),
+            transfer=transfer,
+            telemetry=telemetry,
+            incarnation=incarnation,
+            fingerprint=fingerprint,
+        )
+        await worker.store.start()
+        return worker
+
+    async def close(self) -> None:
+        """Stops everything; blocks under late transfers stay untouched until the process ends."""
+        await self.engine.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.store.close()
+        self._transfer.close()
+
+    def root(self, cache_salt: str) -> bytes:
+        """Root of the block names under this tenant's salt."""
+        return salted_root(self.fingerprint, cache_salt)
+
+    def check_request(self, fingerprint: bytes, prompt_len: int) -> None:
+        """Refuses another model's request and prompts that this worker cannot hold."""
+        if fingerprint and fingerprint != self.fingerprint:
+            raise FailedPrecondition(
+                f"fingerprint {fingerprint.hex()[:16]} is not this worker's "
+                f"{self.fingerprint.hex()[:16]}: model, dtype or layout differ",
+                reason="FINGERPRINT_MISMATCH",
+            )
+        limit = self.runner.context_len
+        if not 0 < prompt_len <= limit:
+            raise invalid(
+                "prompt_token_ids", f"{prompt_len} tokens; this worker holds 1 to {limit}"
+            )
+
+    async def pull(self, keys: list[bytes], blocks: list[int], priority: int) -> int:
+        """Pulls the longest sealed prefix of keys into `blocks`; returns how many are verified.
+
+        Blocks that a late READ may still write are replaced in `blocks` and quarantined.
+        """
+        if not keys:
+            return 0
+        held: list[int] = []
+
+        def hold(block_ids: list[int], settled: asyncio.Future[None]) -> None:
+            held.extend(block_ids)
+            self.quarantine(block_ids, settled)
+
+        result = await self.store.pull(
+            keys, blocks[: len(keys)], deadline_s=PULL_DEADLINE_S, hold=hold
+        )
+        await self._replace(blocks, held, priority)
+        return result.num_blocks
+
+    async def pull_private(self, key: bytes, blocks: list[int], index: int, priority: int) -> bool:
+        """Pulls a private tail into blocks[index]; the store drops it afterwards."""
+        held: list[int] = []
+
+        def hold(block_ids: list[int], settled: asyncio.Future[None]) -> None:
+            held.extend(block_ids)
+            self.quarantine(block_ids, settled)
+
+        pulled = await self.store.pull_private(
+            key, blocks[index], deadline_s=PULL_DEADLINE_S, hold=hold
+        )
+        await self._replace(blocks, held, priority)
+        return pulled
+
+    def quarantine(self, block_ids: list[int], settled: asyncio.Future[None]) -> None:
+        """Keeps blocks from reuse until the transfer that may write them is over."""
+        self.pool.quarantine(block_ids)
+
+        async def release() -> None:
+            await asyncio.wait([settled])
+            self.pool.unquarantine(block_ids)
+            self.engine.wake()
+
+        self.spawn(release())
+
+    def release(self, block_ids: list[int]) -> None:
+        """Gives one reference to each block back and wakes whoever waits for memory."""
+        self.pool.free(block_ids)
+        self.engine.wake()
+
+    def spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        """Runs background work that `close` waits for."""
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def count_tokens(self, num_tokens: int) -> None:
+        """Adds generated tokens to the status figures."""
+        self._num_tokens += num_tokens
+        self._rate.add(num_tokens)
+
+    def status(
+        self, role: status_pb2.Role, address: str, num_requests: int, ready: bool
+    ) -> status_pb2.InstanceStatus:
+        """The present state, for StatusService."""
+        config, pool = self.runner.config, self.pool
+        stores = ", ".join(f"{addr} {state}" for addr, state in self.store.states.items())
+        return status_pb2.InstanceStatus(
+            role=role,
+            address=address,
+            incarnation=self.incarnation,
+            ready=ready,
+            detail=f"kvstore: {stores}" if stores else "no kvstore",
+            model=status_pb2.WorkerModel(
+                name=self.settings.model_name or self.settings.model.resolve().name,
+                architecture=config.architecture,
+                context_len=self.runner.context_len,
+                vocab_size=config.vocab_size,
+                fingerprint=self.fingerprint,
+                block_tokens=self.block_tokens,
+                eos_token_ids=sorted(config.eos_token_ids),
+            ),
+            counts=status_pb2.Counts(
+                num_requests=num_requests,
+                num_sequences=self.engine.num_running + self.engine.num_waiting,
+                num_waiting=self.engine.num_waiting,
+                num_blocks=pool.num_blocks,
+                num_blocks_used=pool.num_blocks - pool.num_free - pool.num_quarantined,
+                num_blocks_quarantined=pool.num_quarantined,
+                num_tasks=task_count(),
+                num_fds=num_fds(),
+                num_tokens=self._num_tokens,
+                tokens_per_s=self._rate.per_s(),
+                num_steps=self.engine.num_steps,
+                rss_num_bytes=rss_num_bytes(),
+            ),
+            uptime_s=time.monotonic() - self._started_at,
+        )
+
+    async def _replace(self, blocks: list[int], held: list[int], priority: int) -> None:
+        if not held:
+            return
+        fresh = await self.engine.allocate(len(held), priority)
+        for block, new in zip(held, fresh, strict=True):
+            blocks[blocks.index(block)] = new
+        self.pool.free(held)
+
+    async def _digest(self, block_ids: list[int]) -> list[int]:
+        return await self.engine.call(self.runner.cache.digest, block_ids)
+
+    def _on_step(self, outcome: StepOutcome) -> None:
+        for listener in self.listeners:
+            listener(outcome)
+
+    def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
+        for listener in self.failure_listeners:
+            listener(sequences, error)
+
+
+def _load_runner(settings: WorkerSettings, progress: Callable[[str], None]) -> ModelRunner:
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "fp32" if settings.device == "cpu" else "bf16"
+    return ModelRunner.load(
+        settings.model,
+        device=settings.device,
+        dtype=dtype,
+        kv_bytes=parse_bytes(settings.kv_bytes),
+        block_tokens=settings.block_tokens,
+        progress=progress,
+    )
+
+
+def _fingerprint(settings: WorkerSettings, runner: ModelRunner) -> bytes:
+    return model_fingerprint(
+        settings.model,
+        kv_dtype=str(runner.cache.dtype),
+        layout_version=LAYOUT_VERSION,
+        block_tokens=settings.block_tokens,
+    )

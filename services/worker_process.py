@@ -1,0 +1,113 @@
+"""The life of a worker process: load, serve, drain, close. Shared by prefill and decode."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from engine.scheduler import Scheduler
+from mesh.process import announce_ready, new_incarnation, run_service, setup_logging
+from mesh.server import ServiceServer
+from mesh.settings import parse_settings
+from mesh.status import StatusServicer
+from mesh.telemetry import Telemetry
+from protos import status_pb2, status_pb2_grpc
+from services.worker import Worker, WorkerSettings
+
+log = logging.getLogger("kvmesh.worker")
+
+
+class WorkerServicer(Protocol):
+    """What a worker's servicer tells its process."""
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in flight."""
+        ...
+
+
+class Attach(Protocol):
+    """Makes the role's servicer and adds it to the server; returns it and what ends its streams."""
+
+    def __call__(
+        self, server: ServiceServer, worker: Worker
+    ) -> tuple[WorkerServicer, Callable[[], None]]: ...
+
+
+def run_worker(
+    *,
+    role: status_pb2.Role,
+    name: str,
+    scheduler: Callable[[WorkerSettings], Scheduler],
+    attach: Attach,
+) -> None:
+    """Parses flags and runs the process until it is told to stop."""
+    settings = parse_settings(WorkerSettings, f"python -m services.{name}")
+    setup_logging(settings.log_format, settings.log_level, name)
+
+    async def main(stop: asyncio.Event) -> None:
+        incarnation = new_incarnation()
+        telemetry = Telemetry.start(
+            role=name, incarnation=incarnation, endpoint=settings.otlp_endpoint
+        )
+        worker = await Worker.start(
+            settings=settings,
+            role=name,
+            scheduler=scheduler,
+            telemetry=telemetry,
+            incarnation=incarnation,
+            progress=log.info,
+        )
+        server = ServiceServer(host=settings.host, port=settings.port, telemetry=telemetry)
+        servicer, end_streams = attach(server, worker)
+        await _serve(role, name, settings, worker, server, servicer, end_streams, stop)
+        telemetry.close()
+
+    run_service(main)
+
+
+async def _serve(
+    role: status_pb2.Role,
+    name: str,
+    settings: WorkerSettings,
+    worker: Worker,
+    server: ServiceServer,
+    servicer: WorkerServicer,
+    end_streams: Callable[[], None],
+    stop: asyncio.Event,
+) -> None:
+    address = ""
+    ready = False
+
+    def snapshot() -> status_pb2.InstanceStatus:
+        return worker.status(role, address, servicer.num_requests, ready)
+
+    server.add(
+        status_pb2_grpc.add_StatusServiceServicer_to_server,
+        StatusServicer(snapshot),
+        "kvmesh.v1.StatusService",
+    )
+    engine_loop = asyncio.ensure_future(worker.engine.run())
+    engine_loop.add_done_callback(lambda _: stop.set())
+    port = await server.start()
+    address = f"{settings.host}:{port}"
+    ready = True
+    server.set_ready(True)
+    announce_ready(role=name, address=address, incarnation=worker.incarnation)
+    await stop.wait()
+    ready = False
+    server.set_ready(False)
+    await _drain(servicer, settings.drain_s)
+    end_streams()
+    await server.stop(1.0)
+    await worker.close()
+    await engine_loop
+
+
+async def _drain(servicer: WorkerServicer, drain_s: float) -> None:
+    """Waits until no request is left, at most drain_s seconds."""
+    deadline = asyncio.get_running_loop().time() + drain_s
+    while servicer.num_requests and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)

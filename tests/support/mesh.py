@@ -1,0 +1,177 @@
+"""A whole mesh of real processes for end-to-end tests and benchmarks.
+
+Owns the processes' life; never reaches into them: it talks gRPC and signals only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from protos import gateway_pb2_grpc, status_pb2, status_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+READY = re.compile(r"^kvmesh-ready role=(\S+) address=(\S+) incarnation=(\S+)")
+START_TIMEOUT_S = 90.0
+
+
+@dataclass
+class Process:
+    """One service process and the lines it printed."""
+
+    role: str
+    popen: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    address: str = ""
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    def read(self) -> None:
+        """Collects output until the process ends; runs in a thread."""
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self.lines.append(line.rstrip())
+            if match := READY.match(line):
+                self.address = match.group(2)
+                self.ready.set()
+        self.ready.set()
+
+    def tail(self) -> str:
+        """The last lines, for failure messages."""
+        return "\n".join(self.lines[-40:])
+
+
+def spawn(role: str, *flags: str, env: dict[str, str] | None = None) -> Process:
+    """Starts `python -m services.ROLE` without waiting for it."""
+    popen = subprocess.Popen(
+        [sys.executable, "-m", f"services.{role}", *flags],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    process = Process(role, popen)
+    threading.Thread(target=process.read, daemon=True).start()
+    return process
+
+
+def wait_ready(process: Process) -> None:
+    """Blocks until the process printed its readiness line; fails with its output otherwise."""
+    if not process.ready.wait(START_TIMEOUT_S) or not process.address:
+        raise AssertionError(f"{process.role} did not become ready:\n{process.tail()}")
+
+
+class Mesh:
+    """gateway, prefill(s), decode(s) and kvstore(s) as processes."""
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        num_kvstore: int = 1,
+        store_bytes: str = "64MiB",
+        worker_flags: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self._env = env
+        self._worker_flags = (
+            "--model", str(model), "--kv-bytes", "64MiB", "--num-threads", "1", *worker_flags
+        )  # fmt: skip
+        self._store_bytes = store_bytes
+        self.kvstores = [
+            self._spawn("kvstore", "--kv-bytes", store_bytes) for _ in range(num_kvstore)
+        ]
+        for process in self.kvstores:
+            wait_ready(process)
+        self.stores = ",".join(process.address for process in self.kvstores)
+        self.prefills = [self.spawn_worker("prefill") for _ in range(num_prefill)]
+        self.decodes = [self.spawn_worker("decode") for _ in range(num_decode)]
+        for process in [*self.prefills, *self.decodes]:
+            wait_ready(process)
+        self.gateway = self._start_gateway()
+        self.address = self.gateway.address
+        self.channel = grpc.insecure_channel(self.address)
+        self.generation = gateway_pb2_grpc.GenerationServiceStub(self.channel)
+        self.models = gateway_pb2_grpc.ModelServiceStub(self.channel)
+
+    @property
+    def processes(self) -> list[Process]:
+        """Every process, gateway first."""
+        return [self.gateway, *self.prefills, *self.decodes, *self.kvstores]
+
+    def spawn_worker(self, role: str, *, port: int = 0) -> Process:
+        """Starts one more worker with this mesh's flags."""
+        flags = (*self._worker_flags, "--kvstore", self.stores, "--port", str(port))
+        return self._spawn(role, *flags)
+
+    def spawn_store(self, *, port: int = 0) -> Process:
+        """Starts one more kvstore with this mesh's flags."""
+        return self._spawn("kvstore", "--kv-bytes", self._store_bytes, "--port", str(port))
+
+    def status(self, address: str) -> status_pb2.InstanceStatus:
+        """One process's own status."""
+        with grpc.insecure_channel(address) as channel:
+            stub = status_pb2_grpc.StatusServiceStub(channel)
+            return stub.GetStatus(status_pb2.GetStatusRequest(), timeout=10).instances[0]
+
+    def wait_until(self, condition: object, what: str, timeout_s: float = 20.0) -> None:
+        """Polls a callable until it is true; fails naming what was awaited."""
+        assert callable(condition)
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                tails = "\n".join(f"--- {p.role}\n{p.tail()}" for p in self.processes)
+                raise AssertionError(f"never happened: {what}\n{tails}")
+            threading.Event().wait(0.05)
+
+    def close(self) -> None:
+        """Terminates all processes, gateway first, and kills what does not end."""
+        self.channel.close()
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.popen.send_signal(signal.SIGCONT)
+                process.popen.terminate()
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.popen.wait(5)
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.popen.wait()
+
+    def _spawn(self, role: str, *flags: str) -> Process:
+        return spawn(role, *flags, env=self._env)
+
+    def _start_gateway(self) -> Process:
+        gateway = self._spawn(
+            "gateway",
+            "--model", str(self.model),
+            "--prefill", ",".join(process.address for process in self.prefills),
+            "--decode", ",".join(process.address for process in self.decodes),
+            "--kvstore", self.stores,
+        )  # fmt: skip
+        wait_ready(gateway)
+        return gateway
+
+
+@contextlib.contextmanager
+def running_mesh(model: Path, **options: object) -> Iterator[Mesh]:
+    """A mesh for the length of a with block."""
+    mesh = Mesh(model, **options)  # type: ignore[arg-type]
+    try:
+        yield mesh
+    finally:
+        mesh.close()
