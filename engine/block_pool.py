@@ -149,6 +149,13 @@ class BlockWaiters:
                 future.set_result(self._pool.allocate(num_blocks))
             heapq.heappop(self._heap)
 
+    def withdraw(self, wish: asyncio.Future[list[int]]) -> None:
+        """Ends one wish; blocks that came for it in the meantime are freed."""
+        if not wish.done():
+            wish.cancel()
+        elif not wish.cancelled() and wish.exception() is None:
+            self._pool.free(wish.result())
+
     def refuse_all(self, error: Exception) -> None:
         """Ends every wait with error."""
         for *_, future in self._heap:

@@ -1,7 +1,7 @@
 """The step loop: one engine thread for tensor work, all scheduling state on the event loop.
 
-Owns the life of sequences between add() and their end, their blocks, and who waits for memory. Never
-touches tensors itself, never knows requests or the network.
+Owns the life of sequences between add() and their end, and their blocks. Never touches tensors
+itself, never knows requests or the network.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from engine.block_pool import BlockPool, BlockWaiters
-from engine.plan import Chunk, ChunkResult, FinishReason, PositionLogprobs
+from engine.plan import Chunk, ChunkResult
 from engine.scheduler import Scheduled, Scheduler
-from engine.sequence import Sequence, SequenceState, finish_reason_for
+from engine.sequence import Sequence, SequenceState, StepItem, StepOutcome
+
+__all__ = ["BlockCache", "Engine", "EngineClosed", "Runner", "StepItem", "StepOutcome"]
 
 log = logging.getLogger("kvmesh.engine")
 
@@ -28,67 +30,28 @@ T = TypeVar("T")
 class BlockCache(Protocol):
     """The part of the KV cache that the engine uses."""
 
-    def copy_blocks(self, src: list[int], dst: list[int], /) -> None:
-        """Copies whole blocks."""
-        ...
+    def copy_blocks(self, src: list[int], dst: list[int], /) -> None: ...
 
 
 class Runner(Protocol):
-    """What computes steps, in the engine thread."""
+    """What computes steps, in the engine thread; one result per chunk, in order."""
 
     @property
-    def cache(self) -> BlockCache:
-        """The KV cache that the blocks are in."""
-        ...
+    def cache(self) -> BlockCache: ...
 
-    def step(self, chunks: list[Chunk], /) -> list[ChunkResult]:
-        """Computes all chunks; answers in their order."""
-        ...
+    def step(self, chunks: list[Chunk], /) -> list[ChunkResult]: ...
 
 
 class EngineClosed(RuntimeError):
     """The engine was closed before this could happen."""
 
 
-@dataclass(slots=True, kw_only=True)
-class StepItem:
-    """One sequence's part of a finished step.
-
-    `token_ids` holds one token per seed if the step sampled. With `is_finished` the sequence has left
-    the scheduler; its blocks are freed after the callback unless that sets `keep_blocks`, which makes
-    them the caller's to free. `finish_reason` stays None for several seeds (the caller derives each)
-    and for a prefill whose only token ends nothing.
-    """
-
-    sequence: Sequence
-    num_computed_before: int
-    num_computed_after: int
-    num_tokens: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...]
-    prompt_logprobs: tuple[PositionLogprobs, ...]
-    finish_reason: FinishReason | None
-    is_finished: bool
-    keep_blocks: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepOutcome:
-    """A finished step: its number (from 1), seconds in the engine thread, and its items.
-
-    Sequences dropped while the step ran are not among the items.
-    """
-
-    step: int
-    duration_s: float
-    items: list[StepItem]
-
-
 class Engine:
     """Runs sequences over one runner and one block pool until closed.
 
-    on_step is called on the loop after each step; on_failure(sequences, error) when a step raised: its
-    sequences are over, their blocks freed, and the engine goes on. An exception of a callback ends run().
+    on_step is called on the loop after each step; on_failure(sequences, error) when a step raised:
+    its sequences are over, their blocks freed, and the engine goes on. An exception of a callback
+    ends run().
     """
 
     def __init__(
@@ -112,6 +75,7 @@ class Engine:
         self._is_closed = False
         self._in_step: set[Sequence] = set()
         self._num_steps = 0
+        self._flight: _Flight | None = None
 
     @property
     def num_running(self) -> int:
@@ -134,11 +98,8 @@ class Engine:
             raise EngineClosed("add: the engine is closed")
         if sequence.state is not SequenceState.NEW:
             raise ValueError(f"sequence {sequence.key!r} is {sequence.state.value}; expected new")
-        pool = self._pool
-        num_tokens, num_blocks = (
-            len(sequence.token_ids),
-            pool.num_blocks_for(len(sequence.token_ids)),
-        )
+        pool, num_tokens = self._pool, len(sequence.token_ids)
+        num_blocks = pool.num_blocks_for(num_tokens)
         if num_blocks > pool.num_blocks:
             raise ValueError(
                 f"sequence {sequence.key!r}: {num_tokens} tokens need {num_blocks} blocks of "
@@ -167,14 +128,33 @@ class Engine:
         self._wake.set()
         # A sequence that waits goes before newcomers: while idle only the loop knows if it fits.
         if self._in_step or not self._scheduler.num_waiting:
-            self._waiters.serve(self._num_spare)
+            self._serve_waiters()
 
-    async def allocate(self, num_blocks: int, priority: int = 0) -> list[int]:
-        """Waits for num_blocks blocks; the caller frees them or gives them to a sequence."""
-        return await self._allocate(num_blocks, priority)
+    async def allocate(self, num_blocks: int, priority: float = 0) -> list[int]:
+        """Waits for num_blocks blocks; the caller frees them or gives them to a sequence.
+
+        Higher priority first, then first come first served. Raises ValueError for more blocks than
+        the pool has, EngineClosed.
+        """
+        if self._is_closed:
+            raise EngineClosed("allocate: the engine is closed")
+        if not 0 <= num_blocks <= self._pool.num_blocks:
+            raise ValueError(
+                f"num_blocks {num_blocks}: the pool has {self._pool.num_blocks} blocks"
+            )
+        if num_blocks == 0:
+            return []
+        wish = self._waiters.push(num_blocks, priority)
+        self.wake()
+        try:
+            return await wish
+        except asyncio.CancelledError:
+            self._waiters.withdraw(wish)
+            self.wake()
+            raise
 
     async def call(self, fn: Callable[..., T], *args: object) -> T:
-        """Runs fn(*args) in the engine thread between steps; cancelled, it still waits for fn's end."""
+        """Runs fn(*args) in the engine thread between steps; when cancelled, still waits for it."""
         return await _outcome(self._executor.submit(fn, *args))
 
     async def fork(self, blocks: list[int], num_tokens: int) -> list[int]:
@@ -188,7 +168,7 @@ class Engine:
         try:
             if tail:
                 # Ahead of every newcomer: whoever forks holds memory already.
-                forked += await self._allocate(1, math.inf)
+                forked += await self.allocate(1, math.inf)
                 await self.call(self._runner.cache.copy_blocks, tail, forked[num_full:])
         except BaseException:
             self._pool.free(forked)
@@ -201,19 +181,18 @@ class Engine:
     async def run(self) -> None:
         """The step loop; returns after close()."""
         self._ended.clear()
-        flight: _Flight | None = None
         try:
             while not self._is_closed:
-                if flight is None:
+                if self._flight is None:
                     self._wake.clear()
-                    flight = self._launch()
-                if flight is None:
+                    self._launch()
+                if self._flight is None:
                     await self._wake.wait()
                 else:
-                    flight = await self._land(flight)
+                    await self._land(self._flight)
         finally:
-            if flight is not None:
-                await asyncio.wait([asyncio.wrap_future(flight.future)])
+            if self._flight is not None:
+                await asyncio.wait([asyncio.wrap_future(self._flight.future)])
             self._end()
             self._ended.set()
 
@@ -233,66 +212,39 @@ class Engine:
             for block in sequence.blocks:
                 assert self._pool.num_refs(block) > 0, f"{sequence}: block {block} freed too early"
 
-    async def _allocate(self, num_blocks: int, priority: float) -> list[int]:
-        if self._is_closed:
-            raise EngineClosed("allocate: the engine is closed")
-        if not 0 <= num_blocks <= self._pool.num_blocks:
-            raise ValueError(
-                f"num_blocks {num_blocks}: the pool has {self._pool.num_blocks} blocks"
-            )
-        if num_blocks == 0:
-            return []
-        future = self._waiters.push(num_blocks, priority)
-        self.wake()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._pool.free(future.result())
-            self.wake()
-            raise
+    def _serve_waiters(self) -> None:
+        self._waiters.serve(lambda priority: self._scheduler.num_spare(priority, self._pool))
 
-    def _num_spare(self, priority: float) -> int:
-        """Blocks that a waiter may take now."""
-        num_free = self._pool.num_free
-        if priority == math.inf or not self._scheduler.num_running:
-            return num_free
-        starving = self._scheduler.starving(self._pool)
-        if starving is not None and starving.priority >= priority:
-            return 0
-        return num_free - self._scheduler.headroom()
-
-    def _launch(self) -> _Flight | None:
-        """Schedules and submits the next step; None if nothing can run."""
+    def _launch(self) -> None:
+        """Schedules and submits the next step, if anything can run."""
         batch = self._scheduler.schedule(self._pool)
-        self._waiters.serve(self._num_spare)
-        if not batch:
-            return None
-        self._in_step = {scheduled.sequence for scheduled in batch}
-        chunks = [scheduled.chunk for scheduled in batch]
-        return _Flight(batch=batch, future=self._executor.submit(_timed, self._runner, chunks))
+        self._serve_waiters()
+        if batch:
+            self._in_step = {scheduled.sequence for scheduled in batch}
+            chunks = [scheduled.chunk for scheduled in batch]
+            future = self._executor.submit(_timed, self._runner, chunks)
+            self._flight = _Flight(batch=batch, future=future)
 
-    async def _land(self, flight: _Flight) -> _Flight | None:
-        """Waits for a step and books it; returns the next one if that is under way already."""
+    async def _land(self, flight: _Flight) -> None:
+        """Waits for a step, books it and reports it; the next one may be under way by then."""
         try:
             results, duration_s = await _outcome(flight.future)
         except Exception as error:
+            self._flight = None
             self._fail(flight.batch, error)
-            return None
+            return
+        self._flight = None
         self._num_steps += 1
         items = self._book(flight.batch, results)
-        outcome = StepOutcome(step=self._num_steps, duration_s=duration_s, items=items)
-        # The next step computes while this one's tokens go out, unless that could take blocks
-        # which the callback still reads.
-        following = None
+        # The next step computes while this one's tokens go out, unless scheduling it could take
+        # blocks which the callback still reads.
         if not self._is_closed and not self._scheduler.may_preempt(self._pool):
-            following = self._launch()
-        self._on_step(outcome)
+            self._launch()
+        self._on_step(StepOutcome(step=self._num_steps, duration_s=duration_s, items=items))
         for item in items:
             if item.is_finished and not item.keep_blocks:
                 self._free(item.sequence)
         self.wake()
-        return following
 
     def _book(self, batch: list[Scheduled], results: list[ChunkResult]) -> list[StepItem]:
         """Takes the results into the sequences; finished ones leave the scheduler."""
@@ -302,40 +254,15 @@ class Engine:
             if sequence.state is SequenceState.DROPPED:
                 self._free(sequence)
                 continue
-            before, token_ids = sequence.num_computed, result.token_ids
-            num_tokens = len(chunk.token_ids)
-            sequence.advance(num_tokens, token_ids)
-            is_finished, reason = self._ending(sequence, token_ids)
-            if is_finished:
-                self._scheduler.remove(sequence)
-                sequence.state, sequence.finish_reason = SequenceState.FINISHED, reason
-            items.append(
-                StepItem(
-                    sequence=sequence,
-                    num_computed_before=before,
-                    num_computed_after=before + num_tokens,
-                    num_tokens=num_tokens,
-                    token_ids=token_ids,
-                    logprobs=result.logprobs,
-                    prompt_logprobs=result.prompt_logprobs,
-                    finish_reason=reason,
-                    is_finished=is_finished,
-                )
-            )
+            item = sequence.advance(chunk, result)
+            items.append(item)
+            if result.token_ids:
+                item.is_finished, reason = self._scheduler.ending(sequence, item, self._pool)
+                if item.is_finished:
+                    self._scheduler.remove(sequence)
+                    sequence.state = SequenceState.FINISHED
+                    sequence.finish_reason = item.finish_reason = reason
         return items
-
-    def _ending(
-        self, sequence: Sequence, token_ids: tuple[int, ...]
-    ) -> tuple[bool, FinishReason | None]:
-        if len(token_ids) != 1:
-            return bool(token_ids), None
-        num_outputs = len(sequence.output_token_ids)
-        reason = finish_reason_for(token_ids[0], num_outputs, sequence.stopping)
-        if reason is None and not self._scheduler.ends_after_sampling:
-            # The whole pool could not hold the next step.
-            if len(sequence.token_ids) > self._pool.num_blocks * self._pool.block_tokens:
-                reason = FinishReason.LENGTH
-        return reason is not None or self._scheduler.ends_after_sampling, reason
 
     def _fail(self, batch: list[Scheduled], error: Exception) -> None:
         """Ends every sequence of a step that raised."""
@@ -359,12 +286,12 @@ class Engine:
 
     def _end(self) -> None:
         """Drops what is left; no step runs any more."""
+        self._waiters.refuse_all(EngineClosed("allocate: the engine was closed"))
         for sequence in [s for s in self._in_step if s.state is SequenceState.DROPPED]:
             self._free(sequence)
         self._in_step = set()
         for sequence in self._scheduler.sequences:
             self.drop(sequence)
-        self._waiters.refuse_all(EngineClosed("allocate: the engine was closed"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

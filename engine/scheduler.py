@@ -1,7 +1,7 @@
 """What runs in the next step: the prefill and the decode policy over one block pool.
 
-Owns the order of sequences and their growth in blocks. Pure Python without tensors; called on the loop
-between steps only. Never runs a step, never frees what is not a sequence's.
+Owns the order of sequences and their growth in blocks. Pure Python without tensors; called on the
+loop between steps only. Never runs a step, never frees what is not a sequence's.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import abc
 import bisect
 import itertools
+import math
 from operator import attrgetter
 from typing import NamedTuple
 
 from engine.block_pool import BlockPool
-from engine.plan import Chunk
-from engine.sequence import Sequence, SequenceState
+from engine.plan import Chunk, FinishReason
+from engine.sequence import Sequence, SequenceState, StepItem, finish_reason_for
 
 _ORDER = attrgetter("order")
 
@@ -32,9 +33,6 @@ class Scheduler(abc.ABC):
     `max_batch` bounds the sequences of a step, `chunk_tokens` the prompt tokens (or recomputed
     tokens) of a step. Both queues are kept in the sequences' order.
     """
-
-    ends_after_sampling: bool
-    """Whether a sequence leaves with its first sampled token."""
 
     def __init__(self, *, max_batch: int, chunk_tokens: int) -> None:
         if max_batch < 1 or chunk_tokens < 1:
@@ -77,22 +75,35 @@ class Scheduler(abc.ABC):
 
     @abc.abstractmethod
     def schedule(self, pool: BlockPool) -> list[Scheduled]:
-        """Builds the next step, allocating blocks and preempting as needed; empty if nothing can."""
+        """Builds the next step, allocating and preempting as needed; empty if nothing can run."""
 
     @abc.abstractmethod
     def may_preempt(self, pool: BlockPool) -> bool:
         """Whether the next schedule() could take blocks away from a sequence."""
 
     @abc.abstractmethod
+    def ending(
+        self, sequence: Sequence, item: StepItem, pool: BlockPool
+    ) -> tuple[bool, FinishReason | None]:
+        """Whether and why a sequence ends after the step that sampled item's tokens for it."""
+
+    @abc.abstractmethod
     def headroom(self) -> int:
         """Blocks that newcomers should leave free for the sequences already running."""
 
-    def starving(self, pool: BlockPool) -> Sequence | None:
-        """The first waiting sequence, if a place is free and only memory keeps it waiting."""
-        if not self._waiting or len(self._running) >= self.max_batch:
-            return None
-        first = self._waiting[0]
-        return first if self._num_missing(first, pool) > pool.num_free else None
+    def num_spare(self, priority: float, pool: BlockPool) -> int:
+        """Blocks that a newcomer of this priority may take now; infinity passes everyone.
+
+        Running sequences keep their headroom, and a waiting sequence that only lacks memory goes
+        first. While nothing runs all free blocks are spare, since holding back helps nobody.
+        """
+        if priority == math.inf or not self._running:
+            return pool.num_free
+        if self._waiting and len(self._running) < self.max_batch:
+            first = self._waiting[0]
+            if first.priority >= priority and self._num_missing(first, pool) > pool.num_free:
+                return 0
+        return pool.num_free - self.headroom()
 
     def check(self, pool: BlockPool) -> None:
         """Asserts order, states, progress and that live sequences hold references."""
@@ -160,8 +171,6 @@ class PrefillScheduler(Scheduler):
     A prompt starts only with blocks for all of it, so nothing that runs ever needs more.
     """
 
-    ends_after_sampling = True
-
     def validate(self, sequence: Sequence) -> None:
         """Every sequence that fits the pool can be prefilled."""
 
@@ -172,6 +181,15 @@ class PrefillScheduler(Scheduler):
     def headroom(self) -> int:
         """Running prompts hold all their blocks."""
         return 0
+
+    def ending(
+        self, sequence: Sequence, item: StepItem, pool: BlockPool
+    ) -> tuple[bool, FinishReason | None]:
+        """A prompt ends once sampled; the reason is known for a single seed."""
+        if len(item.token_ids) != 1:
+            return True, None
+        num_outputs = len(sequence.output_token_ids)
+        return True, finish_reason_for(item.token_ids[0], num_outputs, sequence.stopping)
 
     def schedule(self, pool: BlockPool) -> list[Scheduled]:
         """Admits what has memory, then deals the budget out in order."""
@@ -199,8 +217,6 @@ class DecodeScheduler(Scheduler):
     When blocks run out the last sequence in order gives its blocks up and waits.
     """
 
-    ends_after_sampling = False
-
     def validate(self, sequence: Sequence) -> None:
         """One seed, no prompt log probabilities."""
         if len(sequence.seeds) != 1:
@@ -216,6 +232,16 @@ class DecodeScheduler(Scheduler):
     def headroom(self) -> int:
         """Each running sequence may soon need one more block."""
         return len(self._running)
+
+    def ending(
+        self, sequence: Sequence, item: StepItem, pool: BlockPool
+    ) -> tuple[bool, FinishReason | None]:
+        """As its stopping parameters say, or LENGTH when the whole pool could not hold more."""
+        num_outputs = len(sequence.output_token_ids)
+        reason = finish_reason_for(item.token_ids[0], num_outputs, sequence.stopping)
+        if reason is None and len(sequence.token_ids) > pool.num_blocks * pool.block_tokens:
+            reason = FinishReason.LENGTH
+        return reason is not None, reason
 
     def schedule(self, pool: BlockPool) -> list[Scheduled]:
         """Running sequences first, in order; then waiting ones while there is room."""
@@ -233,9 +259,9 @@ class DecodeScheduler(Scheduler):
             index += 1
             if num_tokens == 0:
                 continue
-            if sequence.num_computed + num_tokens > len(sequence.blocks) * block_tokens:
-                if not self._grow(sequence, num_tokens, pool):
-                    break
+            missing = sequence.num_computed + num_tokens > len(sequence.blocks) * block_tokens
+            if missing and not self._grow(sequence, num_tokens, pool):
+                break
             step.append(Scheduled(sequence, sequence.chunk(num_tokens, block_tokens)))
         if self.num_preemptions == preempted:
             self._admit(step, budget, pool)

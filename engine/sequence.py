@@ -7,8 +7,17 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 
-from engine.plan import Chunk, FinishReason, SampleRequest, SamplingParams, StoppingParams
+from engine.plan import (
+    Chunk,
+    ChunkResult,
+    FinishReason,
+    PositionLogprobs,
+    SampleRequest,
+    SamplingParams,
+    StoppingParams,
+)
 
 _NONE_BARRED: frozenset[int] = frozenset()
 
@@ -116,7 +125,10 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     def chunk(self, num_tokens: int, block_tokens: int) -> Chunk:
-        """The next num_tokens tokens to compute; samples if they reach the end. Blocks must suffice."""
+        """The next num_tokens tokens to compute; samples if they reach the end.
+
+        The sequence's blocks must cover them.
+        """
         tokens, start = self.token_ids, self.num_computed
         end = start + num_tokens
         num_blocks = -(-end // block_tokens)
@@ -139,12 +151,24 @@ class Sequence:
             next_token_ids=following,
         )
 
-    def advance(self, num_tokens: int, token_ids: tuple[int, ...]) -> None:
-        """Books a step: num_tokens more are computed; a single sampled token is appended."""
-        self.num_computed += num_tokens
+    def advance(self, chunk: Chunk, result: ChunkResult) -> StepItem:
+        """Books a step: the chunk is computed; a single sampled token is appended."""
+        before = self.num_computed
+        token_ids = result.token_ids
+        num_tokens = len(chunk.token_ids)
+        self.num_computed = before + num_tokens
         if len(token_ids) == 1:
             self.output_token_ids.append(token_ids[0])
             self.token_ids.append(token_ids[0])
+        return StepItem(
+            sequence=self,
+            num_computed_before=before,
+            num_computed_after=before + num_tokens,
+            num_tokens=num_tokens,
+            token_ids=token_ids,
+            logprobs=result.logprobs,
+            prompt_logprobs=result.prompt_logprobs,
+        )
 
     def check(self, block_tokens: int) -> None:
         """Asserts the progress invariants."""
@@ -164,3 +188,37 @@ class Sequence:
             masked_token_ids=self._barred if below_minimum else _NONE_BARRED,
             num_logprobs=self.num_logprobs,
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class StepItem:
+    """One sequence's part of a finished step.
+
+    `token_ids` holds one token per seed if the step sampled. With `is_finished` the sequence has
+    left the scheduler; its blocks are freed after the callback unless that sets `keep_blocks`,
+    which makes them the caller's to free. `finish_reason` stays None for several seeds (the caller
+    derives each) and for a prefill whose only token ends nothing.
+    """
+
+    sequence: Sequence
+    num_computed_before: int
+    num_computed_after: int
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+    prompt_logprobs: tuple[PositionLogprobs, ...]
+    finish_reason: FinishReason | None = None
+    is_finished: bool = False
+    keep_blocks: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """A finished step: its number (from 1), seconds in the engine thread, and its items.
+
+    Sequences dropped while the step ran are not among the items.
+    """
+
+    step: int
+    duration_s: float
+    items: list[StepItem]

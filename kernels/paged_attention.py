@@ -66,7 +66,8 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, layer: int, group: Group) -> t
         # [num_tokens or 1, num_kv_heads, 2, block_tokens, head_dim]
         pages = cache[group.block_table[:, split], :, layer].float()
         pages = pages.expand(q.shape[0], *pages.shape[1:])
-        scores = torch.matmul(q, pages[:, :, 0].transpose(-1, -2))
+        # Contiguous on purpose: a transposed view takes another path when there is one token only.
+        scores = _products(q, pages[:, :, 0].transpose(-1, -2).contiguous())
         if mask is not None:
             scores = scores + mask
         top = scores.amax(-1, keepdim=True)
@@ -74,13 +75,19 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, layer: int, group: Group) -> t
             peak = top
             weights = torch.exp(scores - peak)
             total = weights.sum(-1, keepdim=True)
-            acc = torch.matmul(weights, pages[:, :, 1])
+            acc = _products(weights, pages[:, :, 1])
             continue
         new_peak = torch.maximum(peak, top)
         decay = torch.exp(peak - new_peak)
         weights = torch.exp(scores - new_peak)
         total = total * decay + weights.sum(-1, keepdim=True)
-        acc = acc * decay + torch.matmul(weights, pages[:, :, 1])
+        acc = acc * decay + _products(weights, pages[:, :, 1])
         peak = new_peak
     assert acc is not None and total is not None
     return acc / total
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left [num_tokens, num_kv_heads, n, k] @ right [num_tokens, num_kv_heads, k, m], one by one."""
+    flat = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
+    return flat.view(*left.shape[:-1], right.shape[-1])

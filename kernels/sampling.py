@@ -94,10 +94,9 @@ def filter_row(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> None:
     """
     vocab_size = scaled.shape[-1]
     num_kept = min(top_k, vocab_size) if top_k > 0 else vocab_size
+    num_likely = vocab_size
     if min_p > 0.0:
         num_likely = max(1, int((scaled >= math.log(min_p)).sum()))
-    else:
-        num_likely = vocab_size
     if top_p >= 1.0 and num_kept == vocab_size == num_likely:
         return
     keys = order_keys(scaled)
