@@ -20,7 +20,7 @@ from engine.plan import Chunk, ChunkResult
 from engine.scheduler import Scheduled, Scheduler
 from engine.sequence import Sequence, SequenceState, StepItem, StepOutcome
 
-__all__ = ["BlockCache", "Engine", "EngineClosed", "Runner", "StepItem", "StepOutcome"]
+__all__ = ["BlockCache", "Engine", "EngineClosedError", "Runner", "StepItem", "StepOutcome"]
 
 log = logging.getLogger("kvmesh.engine")
 
@@ -30,19 +30,24 @@ T = TypeVar("T")
 class BlockCache(Protocol):
     """The part of the KV cache that the engine uses."""
 
-    def copy_blocks(self, src: list[int], dst: list[int], /) -> None: ...
+    def copy_blocks(self, src: list[int], dst: list[int], /) -> None:
+        """Copies whole blocks."""
 
 
 class Runner(Protocol):
     """What computes steps, in the engine thread; one result per chunk, in order."""
 
     @property
-    def cache(self) -> BlockCache: ...
+    def cache(self) -> BlockCache:
+        """The KV cache that the blocks are in."""
+        ...
 
-    def step(self, chunks: list[Chunk], /) -> list[ChunkResult]: ...
+    def step(self, chunks: list[Chunk], /) -> list[ChunkResult]:
+        """Computes all chunks."""
+        ...
 
 
-class EngineClosed(RuntimeError):
+class EngineClosedError(RuntimeError):
     """The engine was closed before this could happen."""
 
 
@@ -95,7 +100,7 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Takes a NEW sequence and its blocks. Raises ValueError for one that can never run."""
         if self._is_closed:
-            raise EngineClosed("add: the engine is closed")
+            raise EngineClosedError("add: the engine is closed")
         if sequence.state is not SequenceState.NEW:
             raise ValueError(f"sequence {sequence.key!r} is {sequence.state.value}; expected new")
         pool, num_tokens = self._pool, len(sequence.token_ids)
@@ -134,10 +139,10 @@ class Engine:
         """Waits for num_blocks blocks; the caller frees them or gives them to a sequence.
 
         Higher priority first, then first come first served. Raises ValueError for more blocks than
-        the pool has, EngineClosed.
+        the pool has, EngineClosedError.
         """
         if self._is_closed:
-            raise EngineClosed("allocate: the engine is closed")
+            raise EngineClosedError("allocate: the engine is closed")
         if not 0 <= num_blocks <= self._pool.num_blocks:
             raise ValueError(
                 f"num_blocks {num_blocks}: the pool has {self._pool.num_blocks} blocks"
@@ -286,7 +291,7 @@ class Engine:
 
     def _end(self) -> None:
         """Drops what is left; no step runs any more."""
-        self._waiters.refuse_all(EngineClosed("allocate: the engine was closed"))
+        self._waiters.refuse_all(EngineClosedError("allocate: the engine was closed"))
         for sequence in [s for s in self._in_step if s.state is SequenceState.DROPPED]:
             self._free(sequence)
         self._in_step = set()

@@ -1,113 +1,160 @@
-"""The life of a process: signals, exit codes, logs, identity, and what the kernel says about it."""
+"""The life of a process: signals, exit codes, readiness line, identity, and the kernel's figures.
+
+Owns how a service starts and ends; never what it does in between.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import json
 import logging
 import os
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from mesh.errors import KvmeshError
+from mesh.logs import setup_logging
+
+__all__ = [
+    "StartupError",
+    "Supervisor",
+    "announce_ready",
+    "host_id",
+    "new_incarnation",
+    "num_fds",
+    "rss_num_bytes",
+    "run_service",
+    "setup_logging",
+    "task_count",
+]
+log = logging.getLogger("kvmesh.process")
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
 
 
 class StartupError(Exception):
-    """The process cannot start; printed as one line, exit code 1."""
+    """The process cannot start or go on; printed as one line, exit code 1."""
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Runs `main(stop)`; SIGTERM and SIGINT set stop, a second one exits 130. Exits 0 after a drain."""
+def run_service(
+    main: Callable[[asyncio.Event], Awaitable[None]], *, die_with_parent: bool = False
+) -> None:
+    """Runs `main(stop)` and ends the process's work with an exit code.
 
-    async def body() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def on_signal() -> None:
-            if stop.is_set():
-                os._exit(130)
-            stop.set()
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
-        await main(stop)
-
+    SIGTERM and SIGINT set `stop`, as does the parent's end with `die_with_parent`; a second signal
+    exits 130 at once. Returns (exit code 0) when main does; a start-up, argument or system error is
+    one line on stderr and SystemExit(1), its traceback at log level debug.
+    """
     try:
-        asyncio.run(body())
-    except (StartupError, ValueError, OSError) as error:
-        logging.getLogger("kvmesh").debug("start-up failed", exc_info=True)
+        asyncio.run(_body(main, die_with_parent))
+    except (StartupError, KvmeshError, ValueError, OSError) as error:
+        log.debug("the service ends", exc_info=True)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        raise SystemExit(EXIT_FAILURE) from None
 
 
-def die_with_parent() -> None:
-    """Asks the kernel to end this process when the one that started it ends (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
-        sys.exit(1)
+async def _body(main: Callable[[asyncio.Event], Awaitable[None]], die_with_parent: bool) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    if not die_with_parent:
+        return await main(stop)
+    # The kernel's own PDEATHSIG fires when the parent's starting *thread* ends; a pidfd does not.
+    parent = os.pidfd_open(os.getppid())
+
+    def on_parent_end() -> None:
+        loop.remove_reader(parent)
+        log.info("the process that started this one has ended")
+        stop.set()
+
+    loop.add_reader(parent, on_parent_end)
+    try:
+        await main(stop)
+    finally:
+        loop.remove_reader(parent)
+        os.close(parent)
+
+
+class Supervisor:
+    """Background tasks whose failure ends the process in an orderly way.
+
+    A task that raises is logged and sets `stop`. `close` cancels what still runs; `raise_failure`,
+    called last, turns the first failure into exit code 1.
+    """
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._failure: tuple[str, BaseException] | None = None
+
+    def spawn(self, coro: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Starts a task that is kept, named and watched."""
+        task = asyncio.get_running_loop().create_task(coro, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    async def close(self) -> None:
+        """Cancels and awaits every task."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def raise_failure(self) -> None:
+        """StartupError if a task failed, naming it."""
+        if self._failure is not None:
+            name, error = self._failure
+            raise StartupError(f"{name} failed: {error!r}") from error
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        assert error is not None
+        log.error("%s failed; the process ends", task.get_name(), exc_info=error)
+        self._failure = self._failure or (task.get_name(), error)
+        self._stop.set()
 
 
 def announce_ready(*, role: str, address: str, incarnation: str) -> None:
-    """Prints the machine-readable readiness line."""
+    """Prints the machine-readable readiness line on stdout."""
     print(f"kvmesh-ready role={role} address={address} incarnation={incarnation}", flush=True)
 
 
 def new_incarnation() -> str:
-    """A random name for this life of the process."""
+    """A random name for this life of the process: 16 hex digits."""
     return secrets.token_hex(8)
 
 
 def host_id() -> str:
-    """Host name and boot: equal ids can share memory."""
+    """Host name and boot id: processes with equal ids share a kernel and a network name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}:{boot.read_text().strip() if boot.exists() else ''}"
 
 
 def num_fds() -> int:
-    """Open file descriptors."""
-    return len(os.listdir("/proc/self/fd"))
+    """Open file descriptors, without the one that lists them."""
+    return len(os.listdir("/proc/self/fd")) - 1
 
 
 def rss_num_bytes() -> int:
-    """Resident memory."""
+    """Resident memory in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def task_count() -> int:
-    """Live asyncio tasks."""
+    """Live asyncio tasks of the running loop."""
     return len(asyncio.all_tasks())
-
-
-def setup_logging(log_format: str, level: str, role: str) -> None:
-    """Logs to stderr as text or one JSON object a line."""
-    handler = logging.StreamHandler()
-    if log_format == "json":
-        handler.setFormatter(_JsonFormatter(role))
-    else:
-        handler.setFormatter(
-            logging.Formatter(f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s")
-        )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class _JsonFormatter(logging.Formatter):
-    def __init__(self, role: str) -> None:
-        super().__init__()
-        self._role = role
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record),
-            "level": record.levelname,
-            "role": self._role,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)

@@ -1,25 +1,28 @@
-"""Settings of every process: frozen dataclasses read from flags and KVMESH_* variables.
+"""Settings of every process: frozen dataclasses read from flags and the environment.
 
 Owns the only place that reads the environment. A flag beats its variable, the variable its default;
-`--help` shows flags grouped by topic.
+`--help` shows the flags grouped by topic. Never keeps a parsed value: callers pass values on.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T", bound="ServiceSettings")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 def setting(
@@ -31,8 +34,14 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     env: str | None = None,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
-    """A dataclass field that is also a flag; `env` names the variable when not KVMESH_<FLAG>."""
+    """A dataclass field that is also a flag.
+
+    `env` names its variable when that is not KVMESH_<FLAG>. `parse` turns text into the value and
+    raises ValueError (such as `parse_bytes`); without it the annotation decides: int, float, str,
+    bool, Path, tuple[str, ...] (comma-separated) or one of these `| None`. Limits are inclusive.
+    """
     metadata = {
         "group": group,
         "help": help,
@@ -40,20 +49,21 @@ def setting(
         "minimum": minimum,
         "maximum": maximum,
         "env": env,
+        "parse": parse,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """Flags every service has."""
+    """Flags every service has. A subclass adds fields; its __post_init__ may raise ValueError."""
 
     host: str = setting("127.0.0.1", group="network", help="address to listen on")
     port: int = setting(
         0, group="network", help="port to listen on; 0 picks one", minimum=0, maximum=65535
     )
     die_with_parent: bool = setting(
-        False, group="process", help="end when the process that started this one ends"
+        False, group="process", help="drain and end when the process that started this one ends"
     )
     drain_s: float = setting(
         10.0, group="process", help="seconds to finish live requests on SIGTERM", minimum=0
@@ -62,7 +72,7 @@ class ServiceSettings:
         1, group="process", help="CPU threads for tensor work", minimum=1, maximum=1024
     )
     log_format: str = setting(
-        "text", group="telemetry", help="log lines as", choices=("text", "json")
+        "text", group="telemetry", help="form of log lines", choices=("text", "json")
     )
     log_level: str = setting(
         "info",
@@ -73,14 +83,15 @@ class ServiceSettings:
     otlp_endpoint: str = setting(
         "",
         group="telemetry",
-        help="OTLP gRPC endpoint, http://host:port; empty turns telemetry off",
+        help="OTLP gRPC endpoint such as http://host:4317; empty turns telemetry off",
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
     )
     otlp_interval_ms: int = setting(
         5000,
         group="telemetry",
-        help="milliseconds between metric exports",
+        help="milliseconds between two metric exports",
         minimum=50,
+        maximum=3_600_000,
         env="OTEL_METRIC_EXPORT_INTERVAL",
     )
 
@@ -91,83 +102,145 @@ def parse_settings(
     argv: Sequence[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> T:
-    """Reads flags and environment; a bad value exits 2 with the flag, the value and the limit."""
+    """Reads flags (default sys.argv) and variables (default os.environ) into `cls`.
+
+    A bad value ends the process with code 2 and a line naming flag or variable, value and limit.
+    """
     environ = os.environ if environ is None else environ
     parser = argparse.ArgumentParser(
-        prog=prog, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        prog=prog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
     )
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         title = field.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        _add_flag(parser, group, field, hints[field.name], environ)
-    return cls(**vars(parser.parse_args(argv)))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], field, hints[field.name])
+    values = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            values[field.name] = _default(parser, field, hints[field.name], environ)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        _refuse(parser, str(error))
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in a size such as 256MiB, 2GB or 4096; ValueError names the text."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """Bytes in a size such as 256MiB, 2GB or 4096; ValueError names the text and the units."""
+    match = _SIZE.fullmatch(text)
     if match is None or match.group(2).upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write a number and B, KiB, MiB, GiB, KB, MB, GB")
+        raise ValueError(
+            f"{text!r} is not a size; write a number and B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
+        )
     return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
 
 
-def _add_flag(
+def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    metadata = field.metadata
+    shown = _show(field.default)
+    text = f"{metadata['help']} (default {shown}; {_variable(field)})".replace("%", "%%")
+    if hint is bool:
+        group.add_argument(_flag(field), action=argparse.BooleanOptionalAction, help=text)
+        return
+    choices = metadata["choices"]
+    metavar = "{" + ",".join(choices) + "}" if choices else _metavar(field, hint)
+
+    def convert(value: str) -> Any:
+        try:
+            return _convert(value, field, hint)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).replace("%", "%%")) from None
+
+    group.add_argument(_flag(field), type=convert, metavar=metavar, help=text)
+
+
+def _default(
     parser: argparse.ArgumentParser,
-    group: Any,
     field: dataclasses.Field[Any],
     hint: Any,
     environ: Mapping[str, str],
-) -> None:
-    metadata = field.metadata
-    flag = "--" + field.name.replace("_", "-")
-    variable = metadata["env"] or "KVMESH_" + field.name.upper()
-    convert = _converter(field, hint)
-    default = field.default
-    if environ.get(variable):
+) -> Any:
+    """The variable's value, or the field's default; an empty variable counts as absent."""
+    variable = _variable(field)
+    text = environ.get(variable, "").strip()
+    if text:
         try:
-            default = convert(environ[variable])
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            parser.error(f"variable {variable}: {error}")
-    help_text = f"{metadata['help']} (env {variable})"
-    if hint is bool:
-        group.add_argument(
-            flag, default=default, action=argparse.BooleanOptionalAction, help=help_text
-        )
-    else:
-        group.add_argument(flag, default=default, type=convert, help=help_text)
+            return _convert(text, field, hint)
+        except ValueError as error:
+            _refuse(parser, f"variable {variable}: {error}")
+    if field.metadata["parse"] is not None and isinstance(field.default, str):
+        return _convert(field.default, field, hint)
+    return field.default
 
 
-def _converter(field: dataclasses.Field[Any], hint: Any) -> Any:
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def _convert(text: str, field: dataclasses.Field[Any], hint: Any) -> Any:
+    """The value in `text`, checked against choices and limits; ValueError names both."""
     metadata = field.metadata
-
-    def convert(text: str) -> Any:
-        value = _parse(text, hint)
-        low, high = metadata["minimum"], metadata["maximum"]
-        if metadata["choices"] and value not in metadata["choices"]:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {metadata['choices']}")
-        if low is not None and value < low:
-            raise argparse.ArgumentTypeError(f"{text} is below the least value {low}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"{text} is above the greatest value {high}")
-        return value
-
-    return convert
+    value = metadata["parse"](text) if metadata["parse"] else _parse(text, hint)
+    choices, low, high = metadata["choices"], metadata["minimum"], metadata["maximum"]
+    if choices and value not in choices:
+        raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+    if low is not None and value < low:
+        raise ValueError(f"{text} is below the least value {low}")
+    if high is not None and value > high:
+        raise ValueError(f"{text} is above the greatest value {high}")
+    return value
 
 
 def _parse(text: str, hint: Any) -> Any:
-    if hint is bool:
-        if text.lower() not in ("0", "1", "true", "false", "yes", "no"):
-            raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
-        return text.lower() in ("1", "true", "yes")
-    if isinstance(hint, types.GenericAlias):
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
         return tuple(part.strip() for part in text.split(",") if part.strip())
+    if hint is bool:
+        if text.lower() not in (*_TRUE, *_FALSE):
+            raise ValueError(f"{text!r} is not true or false")
+        return text.lower() in _TRUE
     if hint is Path:
         return Path(text).expanduser()
-    if hint in (int, float):
+    if hint is int or hint is float:
         try:
-            return hint(text)
+            value = hint(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {hint.__name__}") from None
+            kind = "a whole number" if hint is int else "a number"
+            raise ValueError(f"{text!r} is not {kind}") from None
+        if not math.isfinite(value):
+            raise ValueError(f"{text!r} is not a finite number")
+        return value
+    assert hint is str, f"no way to read a {hint}"
     return text
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _variable(field: dataclasses.Field[Any]) -> str:
+    return field.metadata["env"] or "KVMESH_" + field.name.upper()
+
+
+def _show(default: Any) -> str:
+    if isinstance(default, tuple):
+        default = ",".join(default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    return "none" if default is None or default == "" else str(default)
+
+
+def _metavar(field: dataclasses.Field[Any], hint: Any) -> str:
+    if field.metadata["parse"] is parse_bytes:
+        return "SIZE"
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    if typing.get_origin(hint) is tuple:
+        return "A,B,..."
+    return {int: "N", float: "X", Path: "PATH"}.get(hint, "TEXT")

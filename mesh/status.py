@@ -1,35 +1,39 @@
-"""StatusService and the figures a process tells about itself."""
+"""StatusService and the figures a process tells about itself. Never gathers them: a callback does."""
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from protos import status_pb2, status_pb2_grpc
 
-Snapshot = Callable[[], status_pb2.InstanceStatus | Awaitable[Sequence[status_pb2.InstanceStatus]]]
-_WINDOW_S = 5.0
+Instances = status_pb2.InstanceStatus | Sequence[status_pb2.InstanceStatus]
+Snapshot = Callable[[], Instances | Awaitable[Instances]]
+WINDOW_S = 5.0
 
 
 class StatusServicer(status_pb2_grpc.StatusServiceServicer):
-    """Answers GetStatus from a callback: one instance, or (awaitable) several."""
+    """Answers GetStatus from a callback, sync or async: one instance, or several, itself first."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
 
     async def GetStatus(  # noqa: N802 - gRPC method name
-        self, request: status_pb2.GetStatusRequest, context: object
+        self, request: status_pb2.GetStatusRequest, context: Any
     ) -> status_pb2.GetStatusResponse:
         """The present state."""
         state = self._snapshot()
-        if isinstance(state, status_pb2.InstanceStatus):
-            return status_pb2.GetStatusResponse(instances=[state])
-        return status_pb2.GetStatusResponse(instances=await state)
+        if inspect.isawaitable(state):
+            state = await state
+        instances = [state] if isinstance(state, status_pb2.InstanceStatus) else state
+        return status_pb2.GetStatusResponse(instances=instances)
 
 
 class Rate:
-    """Events per second over the last five seconds."""
+    """Events per second over the last five seconds. `clock` gives seconds and never runs back."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -45,9 +49,9 @@ class Rate:
     def per_s(self) -> float:
         """The rate now."""
         self._expire()
-        return self._total / _WINDOW_S
+        return self._total / WINDOW_S
 
     def _expire(self) -> None:
-        oldest = self._clock() - _WINDOW_S
+        oldest = self._clock() - WINDOW_S
         while self._events and self._events[0][0] < oldest:
             self._total -= self._events.popleft()[1]

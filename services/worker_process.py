@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from engine.scheduler import Scheduler
-from mesh.process import announce_ready, new_incarnation, run_service, setup_logging
+from mesh.logs import setup_logging
+from mesh.process import announce_ready, new_incarnation, run_service
 from mesh.server import ServiceServer
 from mesh.settings import parse_settings
 from mesh.status import StatusServicer
@@ -50,7 +51,10 @@ def run_worker(
     async def main(stop: asyncio.Event) -> None:
         incarnation = new_incarnation()
         telemetry = Telemetry.start(
-            role=name, incarnation=incarnation, endpoint=settings.otlp_endpoint
+            role=name,
+            incarnation=incarnation,
+            endpoint=settings.otlp_endpoint,
+            interval_ms=settings.otlp_interval_ms,
         )
         worker = await Worker.start(
             settings=settings,
@@ -65,7 +69,7 @@ def run_worker(
         await _serve(role, name, settings, worker, server, servicer, end_streams, stop)
         telemetry.close()
 
-    run_service(main)
+    run_service(main, die_with_parent=settings.die_with_parent)
 
 
 async def _serve(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from mesh.process import die_with_parent, new_incarnation, run_service, setup_logging
+from mesh.logs import setup_logging
+from mesh.process import new_incarnation, run_service
 from mesh.settings import parse_settings
 from mesh.telemetry import Telemetry
 from services.gateway.process import Gateway
@@ -19,8 +20,6 @@ def main() -> None:
     """The gateway's process."""
     settings = parse_settings(GatewaySettings, "python -m services.gateway")
     setup_logging(settings.log_format, settings.log_level, "gateway")
-    if settings.die_with_parent:
-        die_with_parent()
 
     async def serve(stop: asyncio.Event) -> None:
         incarnation = new_incarnation()
@@ -37,7 +36,7 @@ def main() -> None:
         finally:
             telemetry.close()
 
-    run_service(serve)
+    run_service(serve, die_with_parent=settings.die_with_parent)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the mesh serves, as its workers tell it.
 
-Owns the choice of the model fingerprint that new requests use: prefill and decode must agree on it. Pure values.
+Owns the choice of the model that new requests use: prefill and decode must agree on its
+fingerprint. Pure values; never talks to a worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Turns one sequence's token ids into text as they come.
 
-Owns what is held back until it can no longer change: an unfinished UTF-8 character, an open run of byte
-tokens. Deltas, concatenated and flushed, equal the tokenizer's decoding of all ids. Never tokenizes.
+Owns what is held back until it can no longer change: an unfinished UTF-8 character, an open run of
+byte tokens. Deltas, concatenated and flushed, equal the tokenizer's decoding of all ids. Never
+tokenizes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# A decoder outside the two known families may show an unfinished character as U+FFFD for this many tokens.
+# Other decoders may show an unfinished character as U+FFFD, at most this many tokens long.
 MAX_UNFINISHED_TOKENS = 8
 
 
@@ -75,8 +76,8 @@ class ByteLevelDetokenizer:
 class WindowDetokenizer:
     """For every other decoder: decodes the new ids behind a few old ones, which give the context.
 
-    A run of byte tokens (`<0xE2>`) is one unit to the tokenizer: a single bad byte turns the whole run
-    into U+FFFD, so it is held until the run ends.
+    A run of byte tokens (`<0xE2>`) is one unit to the tokenizer: a single bad byte turns the whole
+    run into U+FFFD, so it is held until the run ends.
     """
 
     __slots__ = ("_context", "_context_text", "_pending", "_skip_special_tokens", "_vocabulary")

@@ -1,7 +1,7 @@
 """GenerationService: one client's stream per call.
 
-Owns the edge between a client and its request: validation, admission, and that a client that is gone ends
-the work at once. Never generates.
+Owns the edge between a client and its request: validation, admission, and that a client that is
+gone ends the work at once. Never generates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mesh.errors import KvmeshError
 from protos import gateway_pb2, gateway_pb2_grpc
 from services.gateway.ledger import Ledger
 from services.gateway.registry import Registry
-from services.gateway.request import Mesh, Request
+from services.gateway.request import Backend, Request
 from services.gateway.validation import validate
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
     """Serves clients over one mesh."""
 
-    def __init__(self, mesh: Mesh, registry: Registry) -> None:
-        self._mesh = mesh
+    def __init__(self, backend: Backend, registry: Registry) -> None:
+        self._backend = backend
         self._registry = registry
 
     async def Generate(  # noqa: N802 - gRPC method name
@@ -38,7 +38,7 @@ class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
         ledger = Ledger()
         request_id, live = self._admit(request, ledger)
         with self._registry.live(request_id, live):
-            context.add_done_callback(lambda _: live.close())
+            context.add_done_callback(lambda _: live.close())  # pyright: ignore[reportArgumentType]
             live.start()
             try:
                 while messages := await live.outbox.take():
@@ -58,10 +58,10 @@ class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
     def _admit(self, request: gateway_pb2.GenerateRequest, ledger: Ledger) -> tuple[str, Request]:
         try:
             self._registry.check_open(request.request_id)
-            model = self._mesh.router.model
+            model = self._backend.router.model
             valid = validate(request, model)
         except KvmeshError as error:
-            rejected = self._mesh.telemetry.instruments.requests_rejected
+            rejected = self._backend.telemetry.instruments.requests_rejected
             rejected.add(1, {"reason": error.reason})
             raise
-        return valid.request_id, Request(valid, model, self._mesh, ledger)
+        return valid.request_id, Request(valid, model, self._backend, ledger)

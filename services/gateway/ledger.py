@@ -1,4 +1,7 @@
-"""Times and counts of one request. Owns what its usage message and metrics say; never decides anything."""
+"""Times and counts of one request.
+
+Owns what its usage message and its metrics say; never decides anything.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from protos import gateway_pb2
 
 @dataclass(slots=True, kw_only=True)
 class Ledger:
-    """Filled in as the request goes; times are seconds on the monotonic clock unless they end in _s."""
+    """Filled in as the request goes; `_at` is on the monotonic clock, `_s` a length in seconds."""
 
     arrived_at: float = field(default_factory=time.monotonic)
     num_prompt_tokens: int = 0

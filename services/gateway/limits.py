@@ -1,6 +1,7 @@
 """Checks of single fields against the limits written in the protos.
 
-Owns the wording: every refusal is INVALID_ARGUMENT and names field, value and limit. Never fills defaults.
+Owns the wording: every refusal is INVALID_ARGUMENT and names field, value and limit. Never fills
+in defaults.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Fills in the token texts that workers, which have no tokenizer, leave out of log probabilities."""
+"""Token texts of log probabilities.
+
+Owns filling in what workers, which have no tokenizer, leave out; never changes a number.
+"""
 
 from __future__ import annotations
 

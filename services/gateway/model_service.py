@@ -1,4 +1,7 @@
-"""ModelService: what is served, and its tokenizer. Never touches the workers."""
+"""ModelService: what is served, and its tokenizer.
+
+Owns the edge to clients; never talks to the workers.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What a request has for its client and the client has not read yet.
 
-Owns the order of messages; deltas wait in their sequences, so a slow client gets fewer and longer ones.
+Owns the order of messages; deltas wait in their sequences, so a slow client gets fewer and longer
+ones. Never drops any.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A request's stay on one decode rank.
 
-Owns the handle there: outputs come in, stops and cancels go out, and nothing stays behind on the rank.
+Owns the handle there: outputs come in, stops and cancels go out, and nothing stays behind on the
+rank. Never chooses the rank.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class Placement:
             self._session.cancel(self._handle)
         else:
             self._session.forget(self._handle)
+        if self._over.done() and not self._over.cancelled():
+            self._over.exception()  # seen, also when the request ended for another reason
         self._over.cancel()
 
     def on_admitted(self, admitted: decode_pb2.Admitted) -> None:

@@ -1,6 +1,7 @@
 """One Prefill call on one instance.
 
-Owns the call's life: it ends with the request's task, with the instance, or with its answer. Never retries.
+Owns the call's life: it ends with the request's task, with the instance, or with its answer. Never
+retries.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Owns the wiring of one gateway, in this process or in a test. Never parses flags
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from mesh.process import announce_ready
 from mesh.server import ServiceServer
@@ -16,7 +15,7 @@ from protos import gateway_pb2_grpc, status_pb2_grpc
 from services.gateway.generation import GenerationServicer
 from services.gateway.model_service import ModelServicer
 from services.gateway.registry import Registry
-from services.gateway.request import Mesh
+from services.gateway.request import Backend
 from services.gateway.router import Router
 from services.gateway.settings import GatewaySettings
 from services.gateway.status import MeshStatus
@@ -48,7 +47,7 @@ class Gateway:
         )
         self.registry = Registry(settings.max_live_requests)
         self._stores = Stores(self.router.kvstores)
-        mesh = Mesh(
+        backend = Backend(
             router=self.router,
             stores=self._stores,
             tokenizer=tokenizer,
@@ -62,7 +61,7 @@ class Gateway:
         )
         self._server.add(
             gateway_pb2_grpc.add_GenerationServiceServicer_to_server,
-            GenerationServicer(mesh, self.registry),
+            GenerationServicer(backend, self.registry),
             "kvmesh.v1.GenerationService",
         )
         self._server.add(
@@ -98,9 +97,10 @@ class Gateway:
         await asyncio.wait({readiness, stopped}, return_when=asyncio.FIRST_COMPLETED)
         for task in (readiness, stopped):
             task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await readiness
+        await asyncio.wait({readiness, stopped})
         await self.close()
+        if not readiness.cancelled():
+            readiness.result()
 
     async def close(self) -> None:
         """Refuses new requests, finishes live ones within drain_s, ends everything."""

@@ -1,16 +1,17 @@
 """A request's life: tokenize, prefill, decode, usage; retried where that is exact.
 
-Owns the order of the phases and the retries. A retry never repeats or loses a token: before the first token
-prefill runs again; later another rank goes on from the tokens received, because sampling depends on
-(seed, position) only. Never talks to the client; the outbox does.
+Owns the order of the phases and the retries. A retry never repeats or loses a token: before the
+first token prefill runs again; later another rank goes on from the tokens received, because
+sampling depends on (seed, position) only. Never talks to the client; the outbox does.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mesh.errors import KvmeshError, Unavailable
+from mesh.errors import Internal, KvmeshError, Unavailable
 from mesh.telemetry import Telemetry
 from protos import common_pb2, decode_pb2, gateway_pb2, prefill_pb2
 from services.gateway import validation
@@ -33,7 +34,7 @@ _FINAL = ("INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "ALREADY_EXISTS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
+class Backend:
     """What every request uses."""
 
     router: Router
@@ -46,11 +47,13 @@ class Mesh:
 class Request:
     """One live request. `start` runs it; `abort` and `close` end it at once on every hop."""
 
-    def __init__(self, valid: ValidRequest, model: ServedModel, mesh: Mesh, ledger: Ledger) -> None:
+    def __init__(
+        self, valid: ValidRequest, model: ServedModel, backend: Backend, ledger: Ledger
+    ) -> None:
         self.outbox = Outbox()
         self._valid = valid
         self._model = model
-        self._mesh = mesh
+        self._backend = backend
         self._ledger = ledger
         self._state = "cancelled"
         self._task: asyncio.Task[None] | None = None
@@ -77,6 +80,7 @@ class Request:
             return
         self._task.cancel()
         self._state = "aborted"
+        self._send_info(())
         for sequence in self._sequences:
             sequence.finish(common_pb2.FINISH_REASON_ABORTED)
         self.outbox.close(self._ledger.usage(self._output_lens))
@@ -109,10 +113,10 @@ class Request:
             self.outbox.fail(error)
         finally:
             self._discard_tail()
-            self._ledger.record(self._mesh.telemetry.instruments, self._state, self._output_lens)
+            self._ledger.record(self._backend.telemetry.instruments, self._state, self._output_lens)
 
     async def _tokenize(self) -> None:
-        prompt, tokenizer = self._valid.prompt, self._mesh.tokenizer
+        prompt, tokenizer = self._valid.prompt, self._backend.tokenizer
         if prompt.messages:
             ids = await tokenizer.encode_chat(prompt.messages)
         elif prompt.text:
@@ -128,8 +132,8 @@ class Request:
     async def _prefill(self) -> None:
         """Prefills on an instance, on another one if that fails; takes the first tokens."""
         avoid: set[str] = set()
-        for attempt in range(1, self._mesh.max_attempts + 1):
-            router = self._mesh.router
+        for attempt in range(1, self._backend.max_attempts + 1):
+            router = self._backend.router
             instance, self._fingerprint = await router.prefill(self._valid.session_id, avoid)
             try:
                 with instance.load(len(self._prompt_token_ids)):
@@ -149,7 +153,7 @@ class Request:
         attempt = 0
         while live := [s for s in self._sequences if s.finished is None]:
             attempt += 1
-            router = self._mesh.router
+            router = self._backend.router
             rank = await router.rank(self._fingerprint, self._valid.session_id, avoid)
             placement = Placement(rank, live, self.outbox, self._ledger)
             try:
@@ -168,12 +172,12 @@ class Request:
         return Sequence(
             index=index,
             seed=sequence_seed(self._valid.sampling.seed, index),
-            detokenizer=self._mesh.tokenizer.detokenizer(
+            detokenizer=self._backend.tokenizer.detokenizer(
                 skip_special_tokens=self._valid.skip_special_tokens
             ),
             stop_strings=StopStrings(stopping.stop_strings, include=stopping.include_stop_string),
             min_new_tokens=stopping.min_new_tokens,
-            token_text=self._mesh.tokenizer.token_text,
+            token_text=self._backend.tokenizer.token_text,
         )
 
     def _on_started(self, started: prefill_pb2.PrefillStarted) -> None:
@@ -193,9 +197,9 @@ class Request:
             sequence.push([first.token_id], logprobs, first.finish_reason)
         self.outbox.wake()
         if silent := [s.index for s in self._sequences if not s.output_token_ids]:
-            raise Unavailable(f"prefill gave no first token for sequences {silent}")
+            raise Internal(f"prefill gave no first token for sequences {silent}")
 
-    def _send_info(self, prompt_logprobs: object) -> None:
+    def _send_info(self, prompt_logprobs: Iterable[common_pb2.PositionLogprobs]) -> None:
         if self._has_sent_info:
             return
         self._has_sent_info = True
@@ -206,7 +210,7 @@ class Request:
             seed=self._valid.sampling.seed,
             prompt_logprobs=prompt_logprobs,
         )
-        fill_texts(info.prompt_logprobs, self._mesh.tokenizer.token_text)
+        fill_texts(info.prompt_logprobs, self._backend.tokenizer.token_text)
         self.outbox.put(gateway_pb2.GenerateResponse(prompt_info=info))
         if self._valid.echo:
             for sequence in self._sequences:
@@ -241,7 +245,7 @@ class Request:
             priority=valid.priority,
             cache_salt=valid.cache_salt,
             handoff=self._handoff,
-            traceparent=self._mesh.telemetry.traceparent(),
+            traceparent=self._backend.telemetry.traceparent(),
             fingerprint=self._fingerprint,
         )
 
@@ -259,16 +263,16 @@ class Request:
         """Takes the instance out of the choice; raises when the request must not be tried again."""
         if error.code.name in _FINAL:
             raise error
-        self._mesh.router.report(instance, str(error))
-        if attempt >= self._mesh.max_attempts:
+        self._backend.router.report(instance, str(error))
+        if attempt >= self._backend.max_attempts:
             raise Unavailable(
                 f"{phase} failed {attempt} times, the last time on {instance.address}: {error}",
                 reason=error.reason,
                 retryable=True,
             ) from error
-        self._mesh.telemetry.instruments.retries.add(1, {"phase": phase, "reason": error.reason})
+        self._backend.telemetry.instruments.retries.add(1, {"phase": phase, "reason": error.reason})
 
     def _discard_tail(self) -> None:
         if self._handoff is not None:
-            self._mesh.stores.discard(self._handoff.tail_key)
+            self._backend.stores.discard(self._handoff.tail_key)
             self._handoff = None

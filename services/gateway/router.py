@@ -1,6 +1,7 @@
 """Where a request goes: the instances of the mesh, polled, and the choice among them.
 
-Owns channels, polling and the decode sessions. Never pairs a prefill and a decode of different fingerprints.
+Owns channels, polling and the decode sessions. Never pairs a prefill and a decode of different
+fingerprints.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Router:
         self.notify()
 
     async def prefill(self, session_id: str, avoid: Iterable[str]) -> tuple[Instance, bytes]:
-        """Waits for a ready prefill; returns it and the fingerprint that decode ranks share with it."""
+        """Waits for a ready prefill; returns it and the fingerprint decode ranks share with it."""
         avoided = frozenset(avoid)
 
         def find() -> Instance | None:

@@ -1,4 +1,7 @@
-"""Seeds of a request's sequences. Owns the one function that derives them."""
+"""Seeds of a request's sequences.
+
+Owns the one function that derives them; never draws one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 
 
 def sequence_seed(seed: int, index: int) -> int:
-    """The 64-bit seed of sequence `index`: the request's own for 0, a hash of both for the others."""
+    """The 64-bit seed of a sequence: the request's own for index 0, else a hash of both."""
     if index == 0:
         return seed
     data = seed.to_bytes(8, "little") + index.to_bytes(4, "little")

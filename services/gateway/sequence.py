@@ -1,7 +1,7 @@
 """One sequence of a request as its client sees it.
 
-Owns the tokens received so far, their text, stop-string matching and the delta not yet sent. Never waits:
-it is fed by the session's dispatch and drained by the client's stream.
+Owns the tokens received so far, their text, stop-string matching and the delta not yet sent. Never
+waits: it is fed by the session's dispatch and drained by the client's stream.
 """
 
 from __future__ import annotations

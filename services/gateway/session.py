@@ -1,7 +1,7 @@
 """This gateway's stream to one decode rank.
 
-Owns the stream's life (kept open, reopened with back-off) and the table of requests on it. Dispatches a
-step's outputs in one pass; never waits for a client and never touches tokens itself.
+Owns the stream's life (kept open, reopened with back-off) and the table of requests on it.
+Dispatches a step's outputs in one pass; never waits for a client and never touches tokens itself.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class RankSession:
         return handle
 
     def cancel(self, handle: int, sequence_index: int | None = None) -> None:
-        """Ends one sequence at the rank, or the whole request, of which nothing is heard any more."""
+        """Ends one sequence at the rank, or the request, of which nothing is heard any more."""
         if handle not in self._mailboxes:
             return
         if sequence_index is None:

@@ -1,4 +1,7 @@
-"""What the gateway's StatusService says: itself first, then every process it polls."""
+"""What the gateway's StatusService says.
+
+Owns the snapshot: itself first, then every process it polls. Never asks a process itself.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class StopStrings:
     does not depend on how the text was cut into pieces.
     """
 
-    __slots__ = ("_ignored_len", "_held", "_include", "_stops")
+    __slots__ = ("_held", "_ignored_len", "_include", "_stops")
 
     def __init__(self, stops: Sequence[str], *, include: bool) -> None:
         self._stops = tuple(dict.fromkeys(stops))

@@ -27,7 +27,7 @@ class Stores:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, tail_key: bytes) -> None:
-        """Starts dropping a private block; on all stores, since it went to one that was live then."""
+        """Starts dropping a private block, on all stores: it went to one that was live then."""
         if not tail_key:
             return
         for stub in self._stubs:

@@ -1,7 +1,7 @@
 """From a GenerateRequest to a request that can be served.
 
-Owns every limit of the public contract and the defaults; each refusal names the field's path, its value
-and the limit. Never tokenizes and never looks at other requests.
+Owns every limit of the public contract and the defaults; each refusal names the field's path, its
+value and the limit. Never tokenizes and never looks at other requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidRequest:
-    """A checked request, defaults filled in but for `max_new_tokens` (None: what the context leaves)."""
+    """A checked request with defaults; `max_new_tokens` None is what the context leaves."""
 
     request_id: str
     prompt: Prompt

@@ -83,6 +83,7 @@ class SlotAllocator:
         self._slabs: dict[int, _Slab] = {}
         self._open: dict[int, dict[int, _Slab]] = {}  # stride -> slabs with a free slot
         self._slab_of: dict[int, _Slab] = {}  # used slot -> its slab
+        self._latest_stride = 0  # 0 before the first slot
 
     def allocate(self, num_bytes: int) -> int | None:
         """Offset of a slot that holds num_bytes; None when there is no room."""
@@ -93,6 +94,7 @@ class SlotAllocator:
         slab = next(iter(open_slabs.values()))
         offset = slab.take()
         self._slab_of[offset] = slab
+        self._latest_stride = stride
         if slab.is_full:
             del open_slabs[slab.offset]
         return offset
@@ -129,11 +131,13 @@ class SlotAllocator:
                 return True
         return False
 
-    def capacity(self, num_bytes: int) -> int:
-        """Slots in all if the free bytes went to slots of num_bytes."""
-        stride = _stride(num_bytes)
+    @property
+    def capacity(self) -> int:
+        """Slots in all, free bytes counted in slots of the latest size; 0 before the first."""
+        if not self._latest_stride:
+            return 0
         in_slabs = sum(slab.num_slots for slab in self._slabs.values())
-        return in_slabs + sum(length // stride for _, length in self._extents)
+        return in_slabs + sum(length // self._latest_stride for _, length in self._extents)
 
     @property
     def used_offsets(self) -> set[int]:
@@ -166,9 +170,7 @@ class SlotAllocator:
         if fitting:
             chosen = fitting[0]
         else:
-            chosen = max(
-                range(len(self._extents)), key=lambda i: self._extents[i][1], default=-1
-            )
+            chosen = max(range(len(self._extents)), key=lambda i: self._extents[i][1], default=-1)
             if chosen < 0 or self._extents[chosen][1] < stride:
                 return {}
         offset, length = self._extents.pop(chosen)
@@ -177,7 +179,8 @@ class SlotAllocator:
             rest = (offset + slab.num_bytes, length - slab.num_bytes)
             bisect.insort(self._extents, rest)
         self._slabs[offset] = slab
-        return self._open.setdefault(stride, {offset: slab})
+        self._open[stride] = {offset: slab}  # opened only when no slab of this stride has room
+        return self._open[stride]
 
     def _return_extent(self, offset: int, num_bytes: int) -> None:
         at = bisect.bisect(self._extents, (offset, 0))

@@ -50,6 +50,10 @@ class Block:
     num_leases: int = 0
     last_used: int = 0
 
+    def is_readable_as(self, num_bytes: int) -> bool:
+        """Whether a reader of blocks of num_bytes may be pointed at it."""
+        return self.state is BlockState.SEALED and self.num_bytes == num_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
@@ -75,6 +79,11 @@ class LeasedBlock:
     offset: int
     num_bytes: int
     digest: int
+
+    @classmethod
+    def of(cls, block: Block) -> LeasedBlock:
+        """What a reader may know of a block."""
+        return cls(offset=block.offset, num_bytes=block.num_bytes, digest=block.digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

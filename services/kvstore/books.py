@@ -22,7 +22,7 @@ def check_books(
     deadlines: Deadlines,
     used_offsets: set[int],
 ) -> None:
-    """Asserts one owner per slot, states that match their books, and a deadline for each promise."""
+    """Asserts one owner per slot, states that match their books, deadlines for all promises."""
     holders = [*blocks.values(), *quarantined.values(), *dropped]
     offsets = {block.offset for block in holders}
     assert len(offsets) == len(holders), "a slot is owned twice"

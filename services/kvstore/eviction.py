@@ -1,14 +1,15 @@
 """Which block goes next: least recently used, unleased, leaves before parents.
 
-Owns the order of use and the parent relation; never drops a block itself.
+Owns the order of use and the parent relation; the index, told through a callback, drops the blocks.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import Block, BlockState
 
 _SLACK = 1024
@@ -21,8 +22,9 @@ class LruLeaves:
     edges never form a cycle and every unpinned block is reached.
     """
 
-    def __init__(self, blocks: Mapping[bytes, Block]) -> None:
+    def __init__(self, blocks: Mapping[bytes, Block], slots: SlotAllocator) -> None:
         self._blocks = blocks
+        self._slots = slots
         self._num_children: dict[bytes, int] = {}  # by parent key, present or not
         self._heap: list[tuple[int, int, Block]] = []  # (last_used, push, block), stale ones too
         self._uses = itertools.count(1)
@@ -70,6 +72,21 @@ class LruLeaves:
                 return block
             heapq.heappop(self._heap)
         return None
+
+    def make_room(self, num_bytes: int, drop: Callable[[Block], None]) -> int | None:
+        """Offset of a new slot, dropping victims as needed; drops none where none would help."""
+        checked = False
+        while (offset := self._slots.allocate(num_bytes)) is None:
+            victim = self.peek()
+            if victim is None:
+                return None
+            if not checked and victim.num_bytes != num_bytes:
+                unpinned = {b.offset for b in self._blocks.values() if is_unpinned(b)}
+                if not self._slots.could_fit(num_bytes, unpinned.__contains__):
+                    return None
+                checked = True
+            drop(victim)
+        return offset
 
     def is_candidate(self, block: Block) -> bool:
         """Sealed, unleased, not private, and no present block has it as parent."""

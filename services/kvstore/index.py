@@ -26,12 +26,8 @@ from services.kvstore.block import (
     ReserveOutcome,
 )
 from services.kvstore.books import check_books
-from services.kvstore.eviction import LruLeaves, is_unpinned
+from services.kvstore.eviction import LruLeaves
 from services.kvstore.expiry import Deadlines, Due
-
-_FULL = Reserved(outcome=ReserveOutcome.FULL)
-_SEALED = Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
-_TAKEN = Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
 
 
 class BlockIndex:
@@ -63,7 +59,7 @@ class BlockIndex:
         self._leases: dict[int, Lease] = {}
         self._num_private = 0
         self._deadlines = Deadlines()
-        self._leaves = LruLeaves(self._blocks)
+        self._leaves = LruLeaves(self._blocks, slots)
 
     def reserve(
         self,
@@ -83,9 +79,9 @@ class BlockIndex:
             block = self._blocks.get(key)
             if block is not None:
                 answers.append(self._existing(block))
-            elif full or (offset := self._slot(num_bytes)) is None:
+            elif full or (offset := self._leaves.make_room(num_bytes, self._drop)) is None:
                 full = True
-                answers.append(_FULL)
+                answers.append(Reserved(outcome=ReserveOutcome.FULL))
             else:
                 block = Block(
                     key=key,
@@ -115,22 +111,18 @@ class BlockIndex:
         num_freed = 0
         for number in reservation_ids:
             block = self._reserved.get(number) or self._quarantined.get(number)
-            if block is not None and block.owner == owner:
+            if block and block.owner == owner:
                 self._free_unsealed(block)
                 num_freed += 1
         return num_freed
 
-    def lookup(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float
-    ) -> Leased:
+    def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
         """Leases the longest sealed prefix of the keys and marks it as used."""
         self.expire()
         found: list[Block] = []
         for key in keys:
             block = self._blocks.get(key)
-            if block is None or block.state is not BlockState.SEALED:
-                break
-            if block.num_bytes != num_bytes:
+            if block is None or not block.is_readable_as(num_bytes):
                 break
             found.append(block)
         if not found:
@@ -141,19 +133,16 @@ class BlockIndex:
         lease_id = next(self._ids)
         self._leases[lease_id] = Lease(owner=owner, blocks=tuple(found))
         self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
-        blocks = tuple(
-            LeasedBlock(offset=b.offset, num_bytes=b.num_bytes, digest=b.digest) for b in found
-        )
-        return Leased(lease_id=lease_id, blocks=blocks)
+        return Leased(lease_id=lease_id, blocks=tuple(map(LeasedBlock.of, found)))
 
     def release(self, owner: str, lease_id: int) -> LeaseOutcome:
         """Ends a lease and drops its private blocks; EXPIRED when ended, unknown or another's."""
         self.expire()
         lease = self._leases.get(lease_id)
-        if lease is None or lease.owner != owner:
-            return LeaseOutcome.EXPIRED
-        self._end_lease(lease_id)
-        return LeaseOutcome.HELD
+        if lease and lease.owner == owner:
+            self._end_lease(lease_id)
+            return LeaseOutcome.HELD
+        return LeaseOutcome.EXPIRED
 
     def drop_corrupt(self, keys: Iterable[bytes]) -> int:
         """Drops sealed blocks whose bytes a reader found wrong; returns how many."""
@@ -224,24 +213,9 @@ class BlockIndex:
 
     def _existing(self, block: Block) -> Reserved:
         if block.state is BlockState.RESERVED:
-            return _TAKEN
+            return Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
         self._leaves.touch(block)
-        return _SEALED
-
-    def _slot(self, num_bytes: int) -> int | None:
-        """A free slot, evicting as needed; evicts nothing when that could not help."""
-        checked = False
-        while (offset := self._slots.allocate(num_bytes)) is None:
-            victim = self._leaves.peek()
-            if victim is None:
-                return None
-            if not checked and victim.num_bytes != num_bytes:
-                unpinned = {b.offset for b in self._sealed.values() if is_unpinned(b)}
-                if not self._slots.could_fit(num_bytes, unpinned.__contains__):
-                    return None
-                checked = True
-            self._drop(victim)
-        return offset
+        return Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
 
     def _admit(self, block: Block, parent: bytes | None, ttl_s: float) -> Reserved:
         self._leaves.add(block, parent)
@@ -308,7 +282,7 @@ class BlockIndex:
         num_dropped = 0
         for key in keys:
             block = self._blocks.get(key)
-            if block is not None and block.state is BlockState.SEALED and accept(block):
+            if block and block.state is BlockState.SEALED and accept(block):
                 self._drop(block)
                 num_dropped += 1
         return num_dropped

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.block_pool import BlockPool
-from engine.engine import Engine, EngineClosed, StepItem, StepOutcome
+from engine.engine import Engine, EngineClosedError, StepItem, StepOutcome
 from engine.plan import Chunk, ChunkResult, FinishReason, SamplingParams, StoppingParams
 from engine.scheduler import DecodeScheduler, PrefillScheduler, Scheduler
 from engine.sequence import Sequence, SequenceState
@@ -359,9 +359,9 @@ async def test_close_drops_everything_and_refuses_waiters() -> None:
         waiting = asyncio.ensure_future(bench.engine.allocate(4))
         await asyncio.sleep(0)
         await bench.engine.close()
-        with pytest.raises(EngineClosed):
+        with pytest.raises(EngineClosedError):
             await waiting
-        with pytest.raises(EngineClosed):
+        with pytest.raises(EngineClosedError):
             bench.engine.add(sequence(2, [1]))
         assert bench.pool.num_free == 4
 

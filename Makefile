@@ -1,0 +1,72 @@
+# The only door. Targets: setup, run, test, check, bench, clean.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+STUBS := $(VENV)/.stubs
+# On a terminal pip shows its progress bars; in a log it says only what went wrong.
+PIP = $(BIN)/python -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
+PROTOS := $(wildcard protos/*.proto)
+PYTEST_FLAGS ?=
+MODEL ?= models/demo
+SAMPLE ?= In the beginning
+
+.PHONY: help setup run test check format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup   virtual environment, dependencies, gRPC stubs (quick when done)"
+	@echo "make run     setup, then a mesh on $(MODEL) until Ctrl-C"
+	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
+	@echo "make check   format, lint, types, import contracts, protos, size budget"
+	@echo "make bench   setup, then a mesh under load for half a minute"
+	@echo "make clean   removes the environment, stubs and caches"
+
+setup: $(INSTALLED) $(STUBS)
+
+$(INSTALLED): pyproject.toml requirements-nixl.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "kvmesh needs Python 3.11 or newer; $(PYTHON) is" \
+	        "$$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] kvmesh and its dependencies (torch is the large one; minutes on a slow network)"
+	@$(PIP) -e '.[dev]'
+	@echo "[3/4] NIXL, without its CUDA dependencies"
+	@$(PIP) --no-deps -r requirements-nixl.txt
+	@touch $@
+
+$(STUBS): $(PROTOS) $(INSTALLED)
+	@echo "[4/4] gRPC stubs from protos/"
+	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)
+	@touch $@
+
+# On a terminal kvmesh gets its own foreground process group (set -m): Ctrl-C then reaches kvmesh,
+# which drains and exits 0, and not make, which would report an error.
+run: setup
+	@if [ -t 0 ]; then set -m; fi; \
+	    $(BIN)/kvmesh up --model $(MODEL) --sample "$(SAMPLE)"
+
+test: setup
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/basedpyright --warnings
+	@$(BIN)/lint-imports --no-logo --config pyproject.toml
+	@$(BIN)/buf lint
+	@$(BIN)/python tests/rules/budget.py
+
+format: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: setup
+	@$(BIN)/kvmesh bench --start --model $(MODEL)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -f protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,168 @@
+"""`python -m services.kvstore`: wires the kvstore process. Never imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+
+from kv.nixl_transfer import NixlTransfer
+from mesh.logs import setup_logging
+from mesh.process import (
+    announce_ready,
+    new_incarnation,
+    num_fds,
+    rss_num_bytes,
+    run_service,
+    setup_logging,
+    task_count,
+)
+from mesh.server import ServiceServer
+from mesh.settings import parse_bytes, parse_settings
+from mesh.status import StatusServicer
+from mesh.telemetry import Telemetry
+from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
+from services.kvstore.arena import DramArena, SlotAllocator
+from services.kvstore.callers import CallerTable
+from services.kvstore.index import BlockIndex
+from services.kvstore.servicer import KvStoreServicer
+from services.kvstore.settings import KvStoreSettings
+
+ROLE = "kvstore"
+_DRAIN_POLL_S = 0.05
+log = logging.getLogger("kvmesh.kvstore")
+
+
+class KvStore:
+    """The process: arena, slots, index, NIXL agent, server. `run` lives until stop is set."""
+
+    def __init__(self, settings: KvStoreSettings) -> None:
+        self._settings = settings
+        self._incarnation = new_incarnation()
+        self._arena = DramArena(parse_bytes(settings.kv_bytes))
+        self._slots = SlotAllocator(self._arena.num_bytes)
+        self._index = BlockIndex(
+            self._slots,
+            clock=time.monotonic,
+            private_ttl_s=settings.private_ttl_s,
+            quarantine_s=settings.quarantine_s,
+            first_id=1 + secrets.randbits(48),
+        )
+        self._callers = CallerTable(clock=time.monotonic)
+        self._telemetry = Telemetry.start(
+            role=ROLE, incarnation=self._incarnation, endpoint=settings.otlp_endpoint
+        )
+        self._telemetry.observe_blocks(self._observe_blocks)
+        self._address = ""
+        self._ready = False
+        self._started_at = time.monotonic()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Registers the arena, serves, drains, closes."""
+        transfer = NixlTransfer.create(
+            role=ROLE,
+            incarnation=self._incarnation,
+            arena=self._arena.memory,
+            loop=asyncio.get_running_loop(),
+        )
+        servicer = KvStoreServicer(
+            index=self._index, callers=self._callers, transfer=transfer, telemetry=self._telemetry
+        )
+        sweep = asyncio.create_task(self._sweep(), name="sweep")
+        sweep.add_done_callback(lambda _: stop.set())
+        try:
+            await self._serve(servicer, stop)
+        finally:
+            transfer.close()
+            self._telemetry.close()
+            self._arena.close()
+        sweep.cancel()
+        await asyncio.wait([sweep])
+        if not sweep.cancelled():
+            sweep.result()
+
+    async def _serve(self, servicer: KvStoreServicer, stop: asyncio.Event) -> None:
+        settings = self._settings
+        server = ServiceServer(host=settings.host, port=settings.port, telemetry=self._telemetry)
+        add_store = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+        server.add(add_store, servicer, "kvmesh.v1.KvStoreService")
+        add_status = status_pb2_grpc.add_StatusServiceServicer_to_server
+        server.add(add_status, StatusServicer(self._status), "kvmesh.v1.StatusService")
+        port = await server.start()
+        self._address = f"{settings.host}:{port}"
+        self._ready = True
+        server.set_ready(True)
+        announce_ready(role=ROLE, address=self._address, incarnation=self._incarnation)
+        log.info("serving %s bytes of DRAM on %s", self._arena.num_bytes, self._address)
+        await stop.wait()
+        self._ready = False
+        server.set_ready(False)
+        servicer.drain()
+        await self._drain()
+        await server.stop(1.0)
+
+    async def _drain(self) -> None:
+        """Waits until nobody reads or writes, at most drain_s seconds; the rest is a lost cache."""
+        deadline = time.monotonic() + self._settings.drain_s
+        counts = self._index.counts()
+        while (counts.num_leases or counts.num_reserved) and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+            counts = self._index.counts()
+
+    async def _sweep(self) -> None:
+        """Expires what nobody asks about, so that counts and slots come back by themselves."""
+        while True:
+            await asyncio.sleep(self._settings.sweep_s)
+            self._index.expire()
+            self._callers.expire()
+
+    def _status(self) -> status_pb2.InstanceStatus:
+        self._index.expire()
+        counts = self._index.counts()
+        return status_pb2.InstanceStatus(
+            role=status_pb2.ROLE_KVSTORE,
+            address=self._address,
+            incarnation=self._incarnation,
+            ready=self._ready,
+            detail=f"{len(self._callers)} workers connected",
+            counts=status_pb2.Counts(
+                num_blocks=self._slots.capacity,
+                num_blocks_used=counts.num_sealed + counts.num_reserved,
+                num_blocks_sealed=counts.num_sealed,
+                num_blocks_quarantined=counts.num_quarantined + counts.num_dropped,
+                num_blocks_private=counts.num_private,
+                num_leases=counts.num_leases,
+                num_reservations=counts.num_reserved,
+                num_tasks=task_count(),
+                num_fds=num_fds(),
+                rss_num_bytes=rss_num_bytes(),
+            ),
+            uptime_s=time.monotonic() - self._started_at,
+        )
+
+    def _observe_blocks(self) -> list[tuple[int, dict[str, str]]]:
+        counts = self._index.counts()
+        states = {
+            "sealed": counts.num_sealed,
+            "reserved": counts.num_reserved,
+            "private": counts.num_private,
+            "quarantined": counts.num_quarantined,
+            "dropped": counts.num_dropped,
+        }
+        return [(value, {"state": state, "tier": "dram"}) for state, value in states.items()]
+
+
+def main() -> None:
+    """Parses flags and runs until told to stop."""
+    settings = parse_settings(KvStoreSettings, "python -m services.kvstore")
+    setup_logging(settings.log_format, settings.log_level, ROLE)
+
+    async def body(stop: asyncio.Event) -> None:
+        await KvStore(settings).run(stop)
+
+    run_service(body, die_with_parent=settings.die_with_parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""KvStoreService: the wire's side of the block index.
+
+Owns validation and translation; every decision is the index's. Bytes never pass through here.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kv.transfer import Agent
+from mesh.errors import FailedPrecondition, Unavailable
+from mesh.telemetry import Telemetry
+from protos import kvstore_pb2, kvstore_pb2_grpc
+from services.kvstore.block import LeaseOutcome, Reserved, ReserveOutcome
+from services.kvstore.callers import CallerTable
+from services.kvstore.index import BlockIndex
+from services.kvstore.validation import (
+    check_count,
+    check_keys,
+    check_num_bytes,
+    check_present,
+    check_same_len,
+    check_ttl,
+)
+
+_OUTCOMES = {
+    ReserveOutcome.RESERVED: kvstore_pb2.Reservation.OUTCOME_RESERVED,
+    ReserveOutcome.ALREADY_SEALED: kvstore_pb2.Reservation.OUTCOME_ALREADY_SEALED,
+    ReserveOutcome.ALREADY_RESERVED: kvstore_pb2.Reservation.OUTCOME_ALREADY_RESERVED,
+    ReserveOutcome.FULL: kvstore_pb2.Reservation.OUTCOME_FULL,
+}
+
+
+class Transfer(Protocol):
+    """The one thing the store asks of its transfer: who it is."""
+
+    @property
+    def agent(self) -> Agent:
+        """The store's agent."""
+        ...
+
+
+class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
+    """Handlers over one index and one arena. All run on the event loop without awaiting."""
+
+    def __init__(
+        self,
+        *,
+        index: BlockIndex,
+        callers: CallerTable,
+        transfer: Transfer,
+        telemetry: Telemetry,
+    ) -> None:
+        self._index = index
+        self._callers = callers
+        self._agent = transfer.agent
+        self._telemetry = telemetry
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuses new reservations and lookups; what is under way may end."""
+        self._draining = True
+
+    async def Connect(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.ConnectRequest, context: object
+    ) -> kvstore_pb2.ConnectResponse:
+        """Exchanges agents with a peer of the same NIXL version."""
+        theirs = request.agent
+        check_present("agent.name", theirs.name)
+        check_present("agent.incarnation", theirs.incarnation)
+        if theirs.nixl_version != self._agent.nixl_version:
+            raise FailedPrecondition(
+                f"agent.nixl_version {theirs.nixl_version!r}; this store runs "
+                f"{self._agent.nixl_version!r} and peers must run the same",
+                reason="NIXL_VERSION_MISMATCH",
+            )
+        self._check_open()
+        self._callers.add(theirs)
+        return kvstore_pb2.ConnectResponse(agent=_agent_message(self._agent))
+
+    async def Reserve(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.ReserveRequest, context: object
+    ) -> kvstore_pb2.ReserveResponse:
+        """Slots for new blocks."""
+        check_keys("keys", request.keys)
+        check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
+        check_ttl(request.ttl_s)
+        self._callers.require(request.incarnation)
+        self._check_open()
+        answers = self._index.reserve(
+            request.incarnation,
+            request.keys,
+            request.num_bytes,
+            ttl_s=request.ttl_s,
+            is_private=request.is_private,
+        )
+        messages = [_reservation(answer, request.num_bytes) for answer in answers]
+        return kvstore_pb2.ReserveResponse(reservations=messages)
+
+    async def Seal(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.SealRequest, context: object
+    ) -> kvstore_pb2.SealResponse:
+        """Makes written blocks visible."""
+        check_count("reservation_ids", request.reservation_ids)
+        check_same_len("digests", request.digests, "reservation_ids", request.reservation_ids)
+        self._callers.require(request.incarnation)
+        sealed = self._index.seal(request.incarnation, request.reservation_ids, request.digests)
+        return kvstore_pb2.SealResponse(sealed=sealed)
+
+    async def Acknowledge(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.AcknowledgeRequest, context: object
+    ) -> kvstore_pb2.AcknowledgeResponse:
+        """Frees slots that the writer is done with."""
+        check_count("reservation_ids", request.reservation_ids)
+        num_freed = self._index.acknowledge(request.incarnation, request.reservation_ids)
+        return kvstore_pb2.AcknowledgeResponse(num_freed=num_freed)
+
+    async def Lookup(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.LookupRequest, context: object
+    ) -> kvstore_pb2.LookupResponse:
+        """Leases the longest sealed prefix."""
+        check_keys("keys", request.keys)
+        check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
+        check_ttl(request.ttl_s)
+        self._callers.require(request.incarnation)
+        self._check_open()
+        leased = self._index.lookup(
+            request.incarnation, request.keys, request.num_bytes, ttl_s=request.ttl_s
+        )
+        blocks = [
+            kvstore_pb2.LeasedBlock(
+                slot=kvstore_pb2.Slot(offset=block.offset, num_bytes=block.num_bytes),
+                digest=block.digest,
+            )
+            for block in leased.blocks
+        ]
+        return kvstore_pb2.LookupResponse(lease_id=leased.lease_id, blocks=blocks)
+
+    async def Release(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.ReleaseRequest, context: object
+    ) -> kvstore_pb2.ReleaseResponse:
+        """Ends a lease; drops what the reader found corrupt."""
+        check_keys("corrupt_keys", request.corrupt_keys)
+        outcome = self._index.release(request.incarnation, request.lease_id)
+        if num_dropped := self._index.drop_corrupt(request.corrupt_keys):
+            failures = self._telemetry.instruments.kv_verify_failures
+            failures.add(num_dropped, {"reason": "reported_corrupt"})
+        held = outcome is LeaseOutcome.HELD
+        kinds = kvstore_pb2.ReleaseResponse
+        return kinds(outcome=kinds.OUTCOME_HELD if held else kinds.OUTCOME_EXPIRED)
+
+    async def Discard(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.DiscardRequest, context: object
+    ) -> kvstore_pb2.DiscardResponse:
+        """Drops private blocks."""
+        check_keys("keys", request.keys)
+        return kvstore_pb2.DiscardResponse(num_dropped=self._index.discard(request.keys))
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unavailable("this store is draining", reason="DRAINING", retryable=True)
+
+
+def _reservation(answer: Reserved, num_bytes: int) -> kvstore_pb2.Reservation:
+    message = kvstore_pb2.Reservation(outcome=_OUTCOMES[answer.outcome])
+    if answer.outcome is ReserveOutcome.RESERVED:
+        message.reservation_id = answer.reservation_id
+        message.slot.offset, message.slot.num_bytes = answer.offset, num_bytes
+    return message
+
+
+def _agent_message(agent: Agent) -> kvstore_pb2.Agent:
+    return kvstore_pb2.Agent(
+        name=agent.name,
+        nixl_version=agent.nixl_version,
+        metadata=agent.metadata,
+        arena_address=agent.arena_address,
+        arena_num_bytes=agent.arena_num_bytes,
+        incarnation=agent.incarnation,
+        host_id=agent.host_id,
+    )

@@ -1,0 +1,55 @@
+"""The limits of KvStoreService requests.
+
+Owns the checks and their sentences: field path, value, limit. Never touches state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mesh.errors import invalid
+
+KEY_NUM_BYTES = 32
+MAX_NUM_KEYS = 4096
+MAX_TTL_S = 300.0
+
+
+def check_keys(field: str, keys: Sequence[bytes]) -> None:
+    """At most 4096 keys of 32 bytes."""
+    check_count(field, keys)
+    for position, key in enumerate(keys):
+        if len(key) != KEY_NUM_BYTES:
+            raise invalid(f"{field}[{position}]", f"{len(key)} bytes; a key has {KEY_NUM_BYTES}")
+
+
+def check_count(field: str, values: Sequence[object]) -> None:
+    """At most 4096 values."""
+    if len(values) > MAX_NUM_KEYS:
+        raise invalid(field, f"{len(values)} values; the limit is {MAX_NUM_KEYS}")
+
+
+def check_num_bytes(num_bytes: int, arena_num_bytes: int) -> None:
+    """A block fits into the arena."""
+    if not 0 < num_bytes <= arena_num_bytes:
+        raise invalid("num_bytes", f"{num_bytes}; must be 1 to {arena_num_bytes}, the arena")
+
+
+def check_ttl(ttl_s: float) -> None:
+    """In (0, 300]; NaN is not."""
+    if not 0 < ttl_s <= MAX_TTL_S:
+        raise invalid("ttl_s", f"{ttl_s}; must be above 0 and at most {MAX_TTL_S:g} seconds")
+
+
+def check_same_len(
+    field: str, values: Sequence[object], other: str, others: Sequence[object]
+) -> None:
+    """As many values as another field has."""
+    count = len(others)
+    if len(values) != count:
+        raise invalid(field, f"{len(values)} values; {other} has {count}")
+
+
+def check_present(field: str, value: str) -> None:
+    """Not empty."""
+    if not value:
+        raise invalid(field, "empty; a name is needed")

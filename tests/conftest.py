@@ -1,0 +1,10 @@
+"""What every test runs under: one CPU thread per process, no model hub, no telemetry endpoint."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("OTEL_EXPORTER_OTLP_ENDPOINT", None)

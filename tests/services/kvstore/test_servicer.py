@@ -1,0 +1,224 @@
+"""KvStoreService over real gRPC with a transfer that only has a name."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from kv.transfer import Agent
+from mesh.errors import KvmeshError, from_rpc_error
+from mesh.server import ServiceServer
+from mesh.telemetry import Telemetry
+from protos import kvstore_pb2 as pb
+from protos import kvstore_pb2_grpc
+from services.kvstore.arena import SlotAllocator
+from services.kvstore.callers import CallerTable
+from services.kvstore.index import BlockIndex
+from services.kvstore.servicer import KvStoreServicer
+
+SIZE = 4096
+ARENA = 16 * SIZE
+KEY_A, KEY_B = b"a" * 32, b"b" * 32
+
+
+class NamedTransfer:
+    """Stands for NIXL: the store only asks who it is."""
+
+    agent = Agent(
+        name="kvstore-test",
+        nixl_version="1.5.1",
+        metadata=b"meta",
+        arena_address=4096,
+        arena_num_bytes=ARENA,
+        incarnation="store",
+        host_id="here",
+    )
+
+
+@dataclass
+class Service:
+    """A served store, its stub, and its clock."""
+
+    stub: kvstore_pb2_grpc.KvStoreServiceStub
+    servicer: KvStoreServicer
+    index: BlockIndex
+    now: list[float]
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[Service]:
+    now = [50.0]
+    telemetry = Telemetry.start(role="kvstore", incarnation="store", endpoint=None)
+    index = BlockIndex(SlotAllocator(ARENA), clock=lambda: now[0])
+    servicer = KvStoreServicer(
+        index=index,
+        callers=CallerTable(clock=lambda: now[0], idle_s=1000),
+        transfer=NamedTransfer(),
+        telemetry=telemetry,
+    )
+    server = ServiceServer(host="127.0.0.1", port=0, telemetry=telemetry)
+    register = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+    server.add(register, servicer, "kvmesh.v1.KvStoreService")
+    port = await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        yield Service(stub, servicer, index, now)
+    await server.stop(0)
+    index.check()
+
+
+async def connect(service: Service, version: str = "1.5.1") -> pb.ConnectResponse:
+    agent = pb.Agent(name="decode-1", nixl_version=version, incarnation="w")
+    return await service.stub.Connect(pb.ConnectRequest(agent=agent))
+
+
+async def failure(call: grpc.aio.UnaryUnaryCall) -> KvmeshError:
+    with pytest.raises(grpc.RpcError) as raised:
+        await call
+    return from_rpc_error(raised.value)
+
+
+def reserve_request(**fields: object) -> pb.ReserveRequest:
+    values = {"incarnation": "w", "keys": [KEY_A, KEY_B], "num_bytes": SIZE, "ttl_s": 30.0}
+    return pb.ReserveRequest(**{**values, **fields})
+
+
+def lookup_request(**fields: object) -> pb.LookupRequest:
+    values = {"incarnation": "w", "keys": [KEY_A, KEY_B], "num_bytes": SIZE, "ttl_s": 30.0}
+    return pb.LookupRequest(**{**values, **fields})
+
+
+async def put(service: Service, **fields: object) -> list[int]:
+    response = await service.stub.Reserve(reserve_request(**fields))
+    ids = [reservation.reservation_id for reservation in response.reservations]
+    digests = [2**64 - 1 - i for i in range(len(ids))]
+    request = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=digests)
+    assert all((await service.stub.Seal(request)).sealed)
+    return ids
+
+
+async def test_connect_answers_with_the_stores_agent(service: Service) -> None:
+    agent = (await connect(service)).agent
+    assert (agent.name, agent.metadata, agent.arena_address) == ("kvstore-test", b"meta", 4096)
+    assert (agent.arena_num_bytes, agent.incarnation, agent.host_id) == (ARENA, "store", "here")
+
+
+async def test_another_nixl_version_is_refused(service: Service) -> None:
+    agent = pb.Agent(name="decode-1", nixl_version="1.0.0", incarnation="w")
+    error = await failure(service.stub.Connect(pb.ConnectRequest(agent=agent)))
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert error.reason == "NIXL_VERSION_MISMATCH" and "1.0.0" in str(error)
+    assert (await failure(service.stub.Reserve(reserve_request()))).reason == "UNKNOWN_INCARNATION"
+
+
+async def test_the_whole_protocol(service: Service) -> None:
+    await connect(service)
+    response = await service.stub.Reserve(reserve_request())
+    first, second = response.reservations
+    assert first.outcome == pb.Reservation.OUTCOME_RESERVED
+    assert (first.slot.num_bytes, second.slot.offset) == (SIZE, first.slot.offset + SIZE)
+    assert (await service.stub.Lookup(lookup_request())).lease_id == 0
+    ids = [first.reservation_id, second.reservation_id]
+    seal = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=[2**64 - 1, 7])
+    assert list((await service.stub.Seal(seal)).sealed) == [True, True]
+    leased = await service.stub.Lookup(lookup_request())
+    assert [b.digest for b in leased.blocks] == [2**64 - 1, 7]
+    assert [b.slot for b in leased.blocks] == [first.slot, second.slot]
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    held, expired = pb.ReleaseResponse.OUTCOME_HELD, pb.ReleaseResponse.OUTCOME_EXPIRED
+    assert (await service.stub.Release(release)).outcome == held
+    assert (await service.stub.Release(release)).outcome == expired
+
+
+async def test_an_expired_lease_and_reservation(service: Service) -> None:
+    await connect(service)
+    await put(service, keys=[KEY_A])
+    leased = await service.stub.Lookup(lookup_request(ttl_s=1.0))
+    (late,) = (await service.stub.Reserve(reserve_request(keys=[KEY_B], ttl_s=1.0))).reservations
+    service.now[0] += 2
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    outcome = (await service.stub.Release(release)).outcome
+    assert outcome == pb.ReleaseResponse.OUTCOME_EXPIRED
+    ids = [late.reservation_id]
+    seal = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=[1])
+    assert list((await service.stub.Seal(seal)).sealed) == [False]
+    acknowledge = pb.AcknowledgeRequest(incarnation="w", reservation_ids=ids)
+    assert (await service.stub.Acknowledge(acknowledge)).num_freed == 1
+
+
+async def test_corrupt_keys_are_dropped_without_a_lease(service: Service) -> None:
+    await connect(service)
+    await put(service)
+    await service.stub.Release(pb.ReleaseRequest(incarnation="w", corrupt_keys=[KEY_A]))
+    assert (await service.stub.Lookup(lookup_request())).lease_id == 0
+    assert service.index.counts().num_sealed == 1
+
+
+async def test_discard_drops_a_private_block(service: Service) -> None:
+    await connect(service)
+    await put(service, keys=[KEY_A], is_private=True)
+    assert (await service.stub.Discard(pb.DiscardRequest(keys=[KEY_A]))).num_dropped == 1
+
+
+async def test_a_full_store_says_so(service: Service) -> None:
+    await connect(service)
+    keys = [bytes([i]) * 32 for i in range(17)]
+    response = await service.stub.Reserve(reserve_request(keys=keys))
+    assert response.reservations[15].outcome == pb.Reservation.OUTCOME_RESERVED
+    assert response.reservations[16].outcome == pb.Reservation.OUTCOME_FULL
+    assert not response.reservations[16].HasField("slot")
+
+
+async def test_unknown_incarnations_must_connect(service: Service) -> None:
+    seal = pb.SealRequest(incarnation="w")
+    stub = service.stub
+    for call in (stub.Reserve(reserve_request()), stub.Seal(seal), stub.Lookup(lookup_request())):
+        error = await failure(call)
+        assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert error.reason == "UNKNOWN_INCARNATION"
+
+
+async def test_a_draining_store_refuses_new_work_but_releases(service: Service) -> None:
+    await connect(service)
+    await put(service)
+    leased = await service.stub.Lookup(lookup_request())
+    service.servicer.drain()
+    error = await failure(service.stub.Lookup(lookup_request()))
+    assert error.code is grpc.StatusCode.UNAVAILABLE and error.reason == "DRAINING"
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    outcome = (await service.stub.Release(release)).outcome
+    assert outcome == pb.ReleaseResponse.OUTCOME_HELD
+
+
+BAD_REQUESTS = [
+    ("Connect", pb.ConnectRequest(agent=pb.Agent(incarnation="w")), "agent.name", "empty"),
+    ("Connect", pb.ConnectRequest(agent=pb.Agent(name="n")), "agent.incarnation", "empty"),
+    ("Reserve", reserve_request(keys=[KEY_A, b"short"]), "keys[1]", "5 bytes"),
+    ("Reserve", reserve_request(keys=[KEY_A] * 4097), "keys", "4096"),
+    ("Reserve", reserve_request(num_bytes=0), "num_bytes", "0;"),
+    ("Reserve", reserve_request(num_bytes=ARENA + 1), "num_bytes", str(ARENA)),
+    ("Reserve", reserve_request(ttl_s=0.0), "ttl_s", "300"),
+    ("Reserve", reserve_request(ttl_s=float("nan")), "ttl_s", "nan"),
+    ("Lookup", lookup_request(keys=[b""]), "keys[0]", "0 bytes"),
+    ("Lookup", lookup_request(num_bytes=0), "num_bytes", "0;"),
+    ("Lookup", lookup_request(ttl_s=300.5), "ttl_s", "300.5"),
+    ("Seal", pb.SealRequest(reservation_ids=[1, 2], digests=[3]), "digests", "1 values"),
+    ("Seal", pb.SealRequest(reservation_ids=[1] * 4097), "reservation_ids", "4096"),
+    ("Acknowledge", pb.AcknowledgeRequest(reservation_ids=[1] * 4097), "reservation_ids", "4097"),
+    ("Release", pb.ReleaseRequest(corrupt_keys=[b"x"]), "corrupt_keys[0]", "1 bytes"),
+    ("Discard", pb.DiscardRequest(keys=[b"x"]), "keys[0]", "1 bytes"),
+]
+
+
+@pytest.mark.parametrize(("method", "request_", "field", "text"), BAD_REQUESTS)
+async def test_bad_fields_are_named(
+    service: Service, method: str, request_: object, field: str, text: str
+) -> None:
+    await connect(service)
+    error = await failure(getattr(service.stub, method)(request_))
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert [v.field for v in error.violations] == [field]
+    assert text in error.violations[0].description
