@@ -41,7 +41,7 @@ def open_channel(address: str, telemetry: Telemetry | None = None) -> grpc.aio.C
 
 
 class _TracedChannel(grpc.aio.Channel):
-    """Adds metadata where a call is made. Not interceptors: those wrap every message of a stream."""
+    """Adds metadata where a call is made: grpc's interceptors would wrap every message too."""
 
     def __init__(self, channel: grpc.aio.Channel, telemetry: Telemetry) -> None:
         self._channel = channel

@@ -3,6 +3,7 @@
 Owns the mapping in both directions, with google.rpc.ErrorInfo and BadRequest details. A client's
 mistake is never logged; an unknown exception is logged once, with the incident id its caller sees.
 """
+# ruff: noqa: N818 - the classes are named as gRPC names its codes
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "kvmesh.dev"
-# Status travels in HTTP/2 trailers, which peers cut off at 8 KiB: a longer one would lose all of it.
+# Status travels in HTTP/2 trailers, which peers cut off at 8 KiB: a longer one would be lost.
 MAX_MESSAGE_NUM_BYTES = 1024
 MAX_DETAILS_NUM_BYTES = 2048
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -156,7 +157,7 @@ def invalid(field: str, description: str) -> InvalidArgument:
 def domain_error(error: BaseException) -> KvmeshError:
     """The domain error a handler's exception stands for.
 
-    A peer's failure keeps its code, except that its CANCELLED is not ours: that becomes Unavailable.
+    A peer's failure keeps its code, but its CANCELLED is not ours: that becomes Unavailable.
     Anything unknown becomes Internal with an incident id, logged here with its traceback.
     """
     if isinstance(error, KvmeshError):

@@ -1,7 +1,7 @@
 """grpc.health.v1 of a process: alive and ready told apart.
 
-Owns the names: "liveness" serves from the start to the end; "readiness", "" and every service's name
-serve while the process takes work.
+Owns the names: "liveness" serves from the start to the end; "readiness", "" and every service's
+name serve while the process takes work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class HealthServicer(health.aio.HealthServicer):
+class HealthServicer(health.aio.HealthServicer):  # pyright: ignore[reportAttributeAccessIssue]
     """The library's servicer, with a readiness switch and an end to its watches."""
 
     def __init__(self) -> None:

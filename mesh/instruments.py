@@ -1,7 +1,7 @@
 """Every metric of kvmesh, declared once: name, unit, buckets.
 
-Names follow OpenTelemetry's GenAI conventions where they exist, else `kvmesh.*`. Recorded per step or
-per request, never per token; request ids are never attributes.
+Names follow OpenTelemetry's GenAI conventions where they exist, else `kvmesh.*`. Recorded per step
+or per request, never per token; request ids are never attributes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Instruments:
 
 
 def declare(meter: Meter) -> Instruments:
-    """Makes every instrument; call once per meter. Attributes in braces are the callers' to give."""
+    """Makes every instrument, once per meter; attributes in braces are the callers' to give."""
 
     def histogram(name: str, unit: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return meter.create_histogram(

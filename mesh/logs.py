@@ -1,4 +1,4 @@
-"""Log lines of a process: text for people, one JSON object a line for machines, always on stderr."""
+"""Log lines of a process, on stderr: text for people, one JSON object a line for machines."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class _MetricExporter(OTLPMetricExporter):
         self._link = link
 
     def export(
-        self, metrics_data: MetricsData, timeout_millis: float | None = None, **kwargs: Any
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any
     ) -> MetricExportResult:
         result = super().export(metrics_data, timeout_millis, **kwargs)
         self._link.report(result is MetricExportResult.SUCCESS)

@@ -17,20 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh.errors import KvmeshError
-from mesh.logs import setup_logging
 
-__all__ = [
-    "StartupError",
-    "Supervisor",
-    "announce_ready",
-    "host_id",
-    "new_incarnation",
-    "num_fds",
-    "rss_num_bytes",
-    "run_service",
-    "setup_logging",
-    "task_count",
-]
 log = logging.getLogger("kvmesh.process")
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130

@@ -1,4 +1,4 @@
-"""StatusService and the figures a process tells about itself. Never gathers them: a callback does."""
+"""StatusService and rates. Never gathers what a process tells about itself: a callback does."""
 
 from __future__ import annotations
 

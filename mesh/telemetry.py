@@ -1,7 +1,7 @@
 """A process's traces and metrics, and the trace context that travels between processes.
 
-Owns the choice between OTLP and nothing at all. Without an endpoint everything is a no-op object and
-no thread runs; a dead endpoint changes neither start-up nor latency.
+Owns the choice between OTLP and nothing at all. Without an endpoint everything is a no-op object
+and no thread runs; a dead endpoint changes neither start-up nor latency.
 """
 
 from __future__ import annotations

@@ -64,6 +64,4 @@ def position_logprobs(value: PositionLogprobs) -> common_pb2.PositionLogprobs:
 
 
 def _token_logprob(value: TokenLogprob) -> common_pb2.TokenLogprob:
-    return common_pb2.TokenLogprob(
-        token_id=value.token_id, logprob=value.logprob, rank=value.rank
-    )
+    return common_pb2.TokenLogprob(token_id=value.token_id, logprob=value.logprob, rank=value.rank)

@@ -9,7 +9,11 @@ from typing import Protocol
 
 from engine.scheduler import Scheduler
 from mesh.logs import setup_logging
-from mesh.process import announce_ready, new_incarnation, run_service
+from mesh.process import (
+    announce_ready,
+    new_incarnation,
+    run_service,
+)
 from mesh.server import ServiceServer
 from mesh.settings import parse_settings
 from mesh.status import StatusServicer

@@ -218,9 +218,7 @@ class Session:
             self._worker.release(blocks)
             return
         sequence = Sequence(
-            key=SequenceKey(
-                session_id=self._session_id, handle=admit.handle, sequence_index=index
-            ),
+            key=SequenceKey(session_id=self._session_id, handle=admit.handle, sequence_index=index),
             prompt_token_ids=list(admit.prompt_token_ids),
             output_token_ids=list(state.output_token_ids),
             seeds=(state.seed,),
@@ -240,9 +238,7 @@ class Session:
     def _append_output(self, key: SequenceKey, item: StepItem) -> None:
         output = self._outputs.get(key)
         if output is None:
-            output = self._pending.outputs.add(
-                handle=key.handle, sequence_index=key.sequence_index
-            )
+            output = self._pending.outputs.add(handle=key.handle, sequence_index=key.sequence_index)
             self._outputs[key] = output
         output.token_ids.extend(item.token_ids)
         output.logprobs.extend(wire.position_logprobs(p) for p in item.logprobs)

@@ -15,11 +15,10 @@ from mesh.process import (
     num_fds,
     rss_num_bytes,
     run_service,
-    setup_logging,
     task_count,
 )
 from mesh.server import ServiceServer
-from mesh.settings import parse_bytes, parse_settings
+from mesh.settings import parse_settings
 from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
@@ -40,7 +39,7 @@ class KvStore:
     def __init__(self, settings: KvStoreSettings) -> None:
         self._settings = settings
         self._incarnation = new_incarnation()
-        self._arena = DramArena(parse_bytes(settings.kv_bytes))
+        self._arena = DramArena(settings.arena_num_bytes)
         self._slots = SlotAllocator(self._arena.num_bytes)
         self._index = BlockIndex(
             self._slots,

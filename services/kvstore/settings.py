@@ -1,10 +1,10 @@
-"""Flags of the kvstore process. Owns names, defaults and limits; reads nothing itself."""
+"""Flags of the kvstore process. Owns names, defaults and limits; reads nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.settings import ServiceSettings, setting
+from mesh.settings import ServiceSettings, parse_bytes, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +27,14 @@ class KvStoreSettings(ServiceSettings):
     sweep_s: float = setting(
         1.0, group="lifetimes", help="seconds between sweeps of what has expired", minimum=0.01
     )
+
+    @property
+    def arena_num_bytes(self) -> int:
+        """`kv_bytes` as a number; ValueError names the flag, the value and the limit."""
+        try:
+            num_bytes = parse_bytes(self.kv_bytes)
+        except ValueError as error:
+            raise ValueError(f"--kv-bytes: {error}") from error
+        if num_bytes < 1:
+            raise ValueError(f"--kv-bytes: {self.kv_bytes!r} is below the least value, 1 byte")
+        return num_bytes

@@ -27,6 +27,4 @@ def _attach(server: ServiceServer, worker: Worker) -> tuple[PrefillServicer, Cal
 
 
 if __name__ == "__main__":
-    run_worker(
-        role=status_pb2.ROLE_PREFILL, name="prefill", scheduler=_scheduler, attach=_attach
-    )
+    run_worker(role=status_pb2.ROLE_PREFILL, name="prefill", scheduler=_scheduler, attach=_attach)

@@ -128,9 +128,7 @@ class Prompt:
         handoff = await self._hand_off()
         self._worker.count_tokens(len(item.token_ids))
         return prefill_pb2.PrefillFinished(
-            first_tokens=[
-                self._first_token(index, item) for index in range(len(item.token_ids))
-            ],
+            first_tokens=[self._first_token(index, item) for index in range(len(item.token_ids))],
             handoff=handoff,
             prompt_logprobs=self._prompt_logprobs,
             prefill_s=computed_at - self._compute_started_at,
@@ -184,9 +182,7 @@ class Prompt:
         tail_key = b""
         if tail_len and self._request_decodes:
             tail_block = self._sequence.blocks[num_tokens // worker.block_tokens]
-            await worker.engine.call(
-                worker.runner.cache.zero_block_tail, tail_block, tail_len
-            )
+            await worker.engine.call(worker.runner.cache.zero_block_tail, tail_block, tail_len)
             key = secrets.token_bytes(32)
             sealed = await worker.store.publish(
                 [key], [tail_block], is_private=True, deadline_s=PUBLISH_DEADLINE_S

@@ -14,9 +14,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def family_model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def family_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model of each family."""
     path = tmp_path_factory.mktemp(request.param)
     make_tiny_model(request.param, path)

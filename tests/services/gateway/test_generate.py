@@ -110,7 +110,9 @@ async def test_one_of_several_sequences_stops_alone(make_rig: Any) -> None:
     answer = await rig.generate(request)
     assert answer.text == {0: texts[0][: texts[0].index(stop)], 1: texts[1]}
     assert answer.finished[1].reason == common_pb2.FINISH_REASON_LENGTH
-    assert [c.sequence_index for c in rig.decodes[0].cancels] == [0]
+    first, *others = rig.decodes[0].cancels
+    assert first.HasField("sequence_index") and first.sequence_index == 0
+    assert not any(cancel.HasField("sequence_index") for cancel in others)
 
 
 async def test_a_stop_string_waits_for_min_new_tokens(make_rig: Any) -> None:
@@ -167,15 +169,3 @@ async def test_chat_goes_through_the_template(make_rig: Any) -> None:
     assert answer.tokens[0] == expected_tokens(b"user: hi\n", 7, 3)
 
 
-async def test_a_slow_client_loses_nothing(make_rig: Any) -> None:
-    rig = await make_rig()
-    request = text_request(150)
-    call = rig.generation.Generate(request)
-    responses = [await call.read()]
-    rank = rig.decodes[0]
-    await rank.admitted.wait()
-    await rig.gateway.registry._empty.wait() if not rank.live else None
-    async for response in call:
-        responses.append(response)
-    tokens = [t for r in responses if r.HasField("delta") for t in r.delta.token_ids]
-    assert tokens == expected_tokens(PROMPT, 7, 150)

@@ -30,7 +30,7 @@ def test_the_process_never_imports_tensors() -> None:
 def test_a_bad_size_is_named() -> None:
     command = [sys.executable, "-m", "services.kvstore", "--kv-bytes", "many"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode != 0 and "'many'" in result.stderr
+    assert result.returncode != 0 and "--kv-bytes: 'many'" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -1,0 +1,205 @@
+"""One pull: Lookup, READ, Release, verify. Owns the leases of the pull, which always end.
+
+Never returns a block that was not read whole under a lease that held and whose digest is not the one
+stored at Seal. The store's trouble becomes a shorter prefix and a counted failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kv.errors import TransferTimeout
+from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard
+from mesh.kvstore_shards import MAX_KEYS, TROUBLE, Deadline, Shards, each
+from protos import kvstore_pb2
+
+Hold = Callable[[list[int], "asyncio.Future[None]"], None]
+_DIGEST_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullResult:
+    """What a pull brought: the first num_blocks are in place and verified."""
+
+    num_blocks: int
+    get_s: float
+    failures: tuple[str, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lease:
+    """Blocks that one store lends; `indices` are positions among the pull's keys."""
+
+    shard: Shard
+    lease_id: int
+    indices: list[int]
+    blocks: list[kvstore_pb2.LeasedBlock]
+    is_released: bool = False
+
+
+class Pull:
+    """One pull of `keys` into local blocks `block_ids`."""
+
+    def __init__(
+        self,
+        *,
+        shards: Shards,
+        keys: Sequence[bytes],
+        block_ids: Sequence[int],
+        deadline: Deadline,
+        hold: Hold,
+    ) -> None:
+        self._shards = shards
+        self._keys = keys
+        self._block_ids = block_ids
+        self._deadline = deadline
+        self._hold = hold
+        self._leases: list[_Lease] = []
+        self._lent: dict[int, tuple[Shard, kvstore_pb2.LeasedBlock]] = {}
+        self._read: set[int] = set()
+        self.failures: list[str] = []
+
+    async def run(self) -> int:
+        """Returns how many leading blocks are in place and verified."""
+        try:
+            assigned = self._shards.assign(self._keys)
+            await each(self._look_up(shard, indices) for shard, indices in assigned)
+            num_found = _prefix(self._lent)
+            if num_found == 0:
+                return 0
+            wanted = [lease for lease in self._leases if lease.indices[0] < num_found]
+            await each(self._fetch(lease, num_found) for lease in wanted)
+            await each(self._confirm(lease) for lease in wanted)
+            return await self._verify(_prefix(self._read))
+        finally:
+            for lease in self._leases:
+                if not lease.is_released:
+                    self._shards.background.spawn(self._release(lease))
+
+    async def _look_up(self, shard: Shard, indices: list[int]) -> None:
+        """Leases the longest sealed prefix of one shard's keys, MAX_KEYS at a time."""
+        for first in range(0, len(indices), MAX_KEYS):
+            chunk = indices[first : first + MAX_KEYS]
+            try:
+                lease = await self._shards.background.keep(
+                    self._lease(shard, chunk), undo=self._release
+                )
+            except TROUBLE:
+                self._fail("lookup", len(chunk))
+                return
+            if lease.lease_id:
+                self._leases.append(lease)
+            for index, block in zip(lease.indices, lease.blocks, strict=True):
+                self._lent[index] = (shard, block)
+            if len(lease.indices) < len(chunk):
+                return
+
+    async def _lease(self, shard: Shard, indices: list[int]) -> _Lease:
+        request = kvstore_pb2.LookupRequest(
+            incarnation=self._shards.incarnation,
+            keys=[self._keys[index] for index in indices],
+            num_bytes=self._shards.block_num_bytes,
+            ttl_s=self._deadline.ttl_s,
+        )
+        response = await shard.call("Lookup", request, self._deadline.remaining_s)
+        blocks = list(response.blocks[: len(indices)])
+        bad = (i for i, block in enumerate(blocks) if not self._shards.fits(shard, block.slot))
+        num_good = next(bad, len(blocks))
+        if num_good < len(blocks):
+            self._fail("slot", len(blocks) - num_good)
+        return _Lease(
+            shard=shard,
+            lease_id=response.lease_id,
+            indices=indices[:num_good],
+            blocks=blocks[:num_good],
+        )
+
+    async def _fetch(self, lease: _Lease, num_found: int) -> None:
+        """READs one lease's blocks of the common prefix."""
+        indices = [index for index in lease.indices if index < num_found]
+        local_ids = [self._block_ids[index] for index in indices]
+        num_bytes, started_at = self._shards.block_num_bytes, time.monotonic()
+        try:
+            await lease.shard.read(
+                [block_id * num_bytes for block_id in local_ids],
+                [block.slot.offset for block in lease.blocks[: len(indices)]],
+                num_bytes,
+                self._deadline.remaining_s,
+                lambda settled: self._hold(local_ids, settled),
+            )
+        except TROUBLE as error:
+            reason = "timeout" if isinstance(error, TransferTimeout) else "read"
+            self._fail(reason, len(indices))
+            return
+        self._shards.count_moved("get", len(indices), time.monotonic() - started_at)
+        self._read.update(indices)
+
+    async def _confirm(self, lease: _Lease) -> None:
+        """Ends a lease; blocks of one that had expired are not used."""
+        lease.is_released = True
+        if not await asyncio.shield(self._shards.background.spawn(self._release(lease))):
+            lost = self._read.intersection(lease.indices)
+            if lost:
+                self._fail("lease", len(lost))
+            self._read -= lost
+
+    async def _release(self, lease: _Lease) -> bool:
+        if not lease.lease_id:
+            return False
+        request = kvstore_pb2.ReleaseRequest(
+            incarnation=self._shards.incarnation, lease_id=lease.lease_id
+        )
+        try:
+            response = await lease.shard.call("Release", request, RPC_TIMEOUT_S, even_down=True)
+        except TROUBLE:
+            return False
+        return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
+
+    async def _verify(self, num_read: int) -> int:
+        """Compares digests; cuts at the first block that differs and reports all that do."""
+        if num_read == 0:
+            return 0
+        local_ids = list(self._block_ids[:num_read])
+        try:
+            async with asyncio.timeout(self._deadline.remaining_s):
+                digests = await self._shards.digest(local_ids)
+        except TimeoutError:
+            self._fail("timeout", num_read)
+            return 0
+        corrupt = [
+            index
+            for index, digest in enumerate(digests)
+            if digest & _DIGEST_MASK != self._lent[index][1].digest
+        ]
+        if not corrupt:
+            return num_read
+        self._fail("digest", len(corrupt))
+        by_shard: dict[Shard, list[bytes]] = {}
+        for index in corrupt:
+            by_shard.setdefault(self._lent[index][0], []).append(self._keys[index])
+        for shard, keys in by_shard.items():
+            self._shards.background.spawn(self._report(shard, keys))
+        return corrupt[0]
+
+    async def _report(self, shard: Shard, keys: list[bytes]) -> None:
+        """Tells a store which of its blocks are corrupt; lease 0, for the lease has ended."""
+        for first in range(0, len(keys), MAX_KEYS):
+            request = kvstore_pb2.ReleaseRequest(
+                incarnation=self._shards.incarnation, corrupt_keys=keys[first : first + MAX_KEYS]
+            )
+            await shard.call("Release", request, RPC_TIMEOUT_S)
+
+    def _fail(self, reason: str, num_blocks: int) -> None:
+        self.failures.append(reason)
+        self._shards.telemetry.instruments.kv_verify_failures.add(num_blocks, {"reason": reason})
+
+
+def _prefix(present: dict[int, tuple[Shard, kvstore_pb2.LeasedBlock]] | set[int]) -> int:
+    """How many of 0, 1, 2, ... are present without a gap."""
+    num = 0
+    while num in present:
+        num += 1
+    return num

@@ -1,0 +1,209 @@
+"""One kvstore as a worker sees it: its connection, and whether it is worth asking.
+
+Owns the channel, the NIXL peer and the loop that reconnects in the background. A shard that fails is
+down at once: nobody waits for it again until Connect has answered. Never retries a caller's request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+
+from kv.errors import TransferError, TransferTimeout
+from kv.transfer import Agent, OnLate, Transfer
+from mesh.errors import DeadlineExceeded, KvmeshError, Unavailable, from_rpc_error
+from protos import kvstore_pb2, kvstore_pb2_grpc
+
+log = logging.getLogger("kvmesh.kvstore")
+
+RPC_TIMEOUT_S = 2.0
+UNKNOWN_INCARNATION = "UNKNOWN_INCARNATION"
+_FIRST_BACK_OFF_S, _LAST_BACK_OFF_S = 0.2, 2.0
+_STABLE_S = 10.0  # up for this long: the next loss starts with a short back-off again
+_HUNG_S = 1.0  # a transfer that had at least this long and is not over: the data path hangs
+
+
+class ShardState(enum.Enum):
+    """Whether a shard is asked."""
+
+    CONNECTING = "connecting"
+    UP = "up"
+    DOWN = "down"
+
+
+class Shard:
+    """One store. Run `run` as a task; `call`, `read` and `write` fail fast while it is not up."""
+
+    def __init__(self, *, address: str, channel: grpc.aio.Channel, transfer: Transfer) -> None:
+        self.address = address
+        self.state = ShardState.CONNECTING
+        self.attempted = asyncio.Event()
+        self._channel = channel
+        self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
+        self._transfer = transfer
+        self._peer: Agent | None = None
+        self._is_path_broken = False
+        self._lost = asyncio.Event()
+        self._reason = ""
+
+    @property
+    def arena_num_bytes(self) -> int:
+        """Length of the store's arena; 0 before the first connection."""
+        return self._peer.arena_num_bytes if self._peer else 0
+
+    async def run(self) -> None:
+        """Connects, waits for a loss, backs off, for ever. The back-off also bounds peer changes."""
+        back_off_s = _FIRST_BACK_OFF_S
+        while True:
+            if await self._connect():
+                self.attempted.set()
+                up_at = time.monotonic()
+                await self._lost.wait()
+                if time.monotonic() - up_at > _STABLE_S:
+                    back_off_s = _FIRST_BACK_OFF_S
+            self.attempted.set()
+            await asyncio.sleep(back_off_s)
+            back_off_s = min(_LAST_BACK_OFF_S, 2 * back_off_s)
+
+    async def call(
+        self, name: str, request: Any, deadline_s: float, *, even_down: bool = False
+    ) -> Any:
+        """One RPC, bounded by RPC_TIMEOUT_S. KvmeshError on any failure."""
+        if self.state is not ShardState.UP and not even_down:
+            raise Unavailable(f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN")
+        peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
+        try:
+            return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
+        except grpc.aio.AioRpcError as failure:
+            error = from_rpc_error(failure)
+            is_ours = peer is self._peer
+            if is_ours and _is_loss(error, had_full_time=timeout_s >= RPC_TIMEOUT_S):
+                self._lose(f"{name}: {error}", is_path_broken=False)
+            raise error from failure
+
+    async def read(
+        self, local: Sequence[int], remote: Sequence[int], num_bytes: int, deadline_s: float,
+        on_late: OnLate,
+    ) -> None:
+        """NIXL READ from the store. TransferError as in Transfer.read."""
+        await self._move(self._transfer.read, local, remote, num_bytes, deadline_s, on_late)
+
+    async def write(
+        self, local: Sequence[int], remote: Sequence[int], num_bytes: int, deadline_s: float,
+        on_late: OnLate,
+    ) -> None:
+        """NIXL WRITE into the store. TransferError as in Transfer.write."""
+        await self._move(self._transfer.write, local, remote, num_bytes, deadline_s, on_late)
+
+    async def close(self) -> None:
+        """Forgets the store; `run` must have ended."""
+        self.state = ShardState.DOWN
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            await self._disconnect(peer)
+        await self._channel.close()
+
+    async def _move(
+        self, move: Callable[..., Any], local: Sequence[int], remote: Sequence[int],
+        num_bytes: int, deadline_s: float, on_late: OnLate,
+    ) -> None:
+        peer = self._peer
+        if peer is None or self.state is not ShardState.UP:
+            raise TransferError(self.address, self.state.value)
+        try:
+            await move(peer.name, local, remote, num_bytes, deadline_s, on_late)
+        except TransferError as error:
+            is_slow = isinstance(error, TransferTimeout) and deadline_s < _HUNG_S
+            if peer is self._peer and not is_slow:
+                self._lose(str(error), is_path_broken=True)
+            raise
+
+    def _lose(self, reason: str, *, is_path_broken: bool) -> None:
+        self._is_path_broken = self._is_path_broken or is_path_broken
+        if self.state is ShardState.UP:
+            self.state = ShardState.DOWN
+            self._explain(reason)
+            self._lost.set()
+
+    async def _connect(self) -> bool:
+        agent = await self._exchange()
+        if agent is None:
+            self.state = ShardState.DOWN
+            return False
+        old = self._peer
+        if old is not None and (old.name != agent.name or self._is_path_broken):
+            self._peer = None
+            await self._disconnect(old)
+        try:
+            async with asyncio.timeout(RPC_TIMEOUT_S):
+                await self._transfer.connect(agent)
+        except (TransferError, TimeoutError) as error:
+            self.state = ShardState.DOWN
+            self._explain(str(error) or "NIXL did not answer")
+            return False
+        self._peer, self._is_path_broken = agent, False
+        self._lost.clear()
+        self.state = ShardState.UP
+        self._reason = ""
+        log.info("kvstore %s: up, incarnation %s", self.address, agent.incarnation)
+        return True
+
+    async def _exchange(self) -> Agent | None:
+        request = kvstore_pb2.ConnectRequest(agent=agent_to_wire(self._transfer.agent))
+        try:
+            response = await self._stub.Connect(request, timeout=RPC_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            self._explain(f"Connect: {from_rpc_error(failure)}")
+            return None
+        return agent_from_wire(response.agent)
+
+    async def _disconnect(self, peer: Agent) -> None:
+        try:
+            async with asyncio.timeout(RPC_TIMEOUT_S):
+                await self._transfer.disconnect(peer.name)
+        except (TransferError, TimeoutError) as error:
+            log.debug("kvstore %s: disconnect: %s", self.address, error)
+
+    def _explain(self, reason: str) -> None:
+        """Logs a loss once, not at every attempt."""
+        if not self._reason:
+            log.warning("kvstore %s: down: %s", self.address, reason)
+        self._reason = reason
+
+
+def _is_loss(error: KvmeshError, *, had_full_time: bool) -> bool:
+    if isinstance(error, DeadlineExceeded):
+        return had_full_time
+    return isinstance(error, Unavailable) or error.reason == UNKNOWN_INCARNATION
+
+
+def agent_to_wire(agent: Agent) -> kvstore_pb2.Agent:
+    """The message that carries an agent."""
+    return kvstore_pb2.Agent(
+        name=agent.name,
+        nixl_version=agent.nixl_version,
+        metadata=agent.metadata,
+        arena_address=agent.arena_address,
+        arena_num_bytes=agent.arena_num_bytes,
+        incarnation=agent.incarnation,
+        host_id=agent.host_id,
+    )
+
+
+def agent_from_wire(message: kvstore_pb2.Agent) -> Agent:
+    """The agent a message carries; `Transfer.connect` checks it."""
+    return Agent(
+        name=message.name,
+        nixl_version=message.nixl_version,
+        metadata=message.metadata,
+        arena_address=message.arena_address,
+        arena_num_bytes=message.arena_num_bytes,
+        incarnation=message.incarnation,
+        host_id=message.host_id,
+    )
