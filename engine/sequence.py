@@ -105,7 +105,7 @@ class Sequence:
         self.num_logprobs = num_logprobs
         self.num_prompt_logprobs = num_prompt_logprobs
         self.priority = priority
-        self.order = (-priority, 0)
+        self.order: tuple[int, int] = (-priority, 0)
         self.blocks: list[int] = []
         self.num_computed = 0
         self.num_preemptions = 0

@@ -147,8 +147,10 @@ class Launcher:
             await asyncio.gather(*(self._until_ready(child) for child in stage))
 
     async def wait(self) -> None:
-        """Returns only if a supervisor fails; normally the caller cancels it."""
-        await asyncio.gather(*self._tasks.values())
+        """Raises if a supervisor fails; normally the caller cancels it, which ends no child."""
+        done, _ = await asyncio.wait(self._tasks.values(), return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
 
     async def stop(self) -> None:
         """Drains the gateway, then the workers, then the stores; kills what outlives its drain."""

@@ -1,7 +1,7 @@
-"""One publish: Reserve, WRITE, digest, Seal. Owns the reservations of the publish, which always end.
+"""One publish: Reserve, WRITE, digest, Seal. Owns the reservations, which always end.
 
-Never seals a block whose WRITE did not end well. A reservation whose WRITE is late is acknowledged when
-that transfer is over, not before: the store reuses the slot then.
+Never seals a block whose WRITE did not end well. A reservation whose WRITE is late is acknowledged
+when that transfer is over, not before: the store reuses the slot then.
 """
 
 from __future__ import annotations
@@ -146,10 +146,10 @@ class Publish:
         try:
             response = await grant.shard.call("Seal", request, RPC_TIMEOUT_S)
         except TROUBLE:
-            await self._give_back(grant)
+            self._shards.background.spawn(self._give_back(grant))
             return 0
         if not all(response.sealed):
-            await self._give_back(grant)
+            self._shards.background.spawn(self._give_back(grant))
         return sum(response.sealed)
 
     async def _give_back(self, grant: _Grant) -> None:

@@ -1,6 +1,6 @@
 """One pull: Lookup, READ, Release, verify. Owns the leases of the pull, which always end.
 
-Never returns a block that was not read whole under a lease that held and whose digest is not the one
+Never returns a block unless it was read whole, under a lease that held, and has the digest that was
 stored at Seal. The store's trouble becomes a shorter prefix and a counted failure.
 """
 
@@ -70,7 +70,7 @@ class Pull:
             num_found = _prefix(self._lent)
             if num_found == 0:
                 return 0
-            wanted = [lease for lease in self._leases if lease.indices[0] < num_found]
+            wanted = [x for x in self._leases if x.indices and x.indices[0] < num_found]
             await each(self._fetch(lease, num_found) for lease in wanted)
             await each(self._confirm(lease) for lease in wanted)
             return await self._verify(_prefix(self._read))

@@ -1,7 +1,7 @@
 """One kvstore as a worker sees it: its connection, and whether it is worth asking.
 
-Owns the channel, the NIXL peer and the loop that reconnects in the background. A shard that fails is
-down at once: nobody waits for it again until Connect has answered. Never retries a caller's request.
+Owns the channel, the NIXL peer and the loop that reconnects in the background. A shard that fails
+is down at once: nobody waits for it until Connect has answered. Never retries a caller's request.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Shard:
         self.address = address
         self.state = ShardState.CONNECTING
         self.attempted = asyncio.Event()
+        self.up = asyncio.Event()
         self._channel = channel
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._transfer = transfer
@@ -58,7 +59,7 @@ class Shard:
         return self._peer.arena_num_bytes if self._peer else 0
 
     async def run(self) -> None:
-        """Connects, waits for a loss, backs off, for ever. The back-off also bounds peer changes."""
+        """Connects, waits for a loss, backs off, for ever. The back-off bounds peer changes too."""
         back_off_s = _FIRST_BACK_OFF_S
         while True:
             if await self._connect():
@@ -76,7 +77,9 @@ class Shard:
     ) -> Any:
         """One RPC, bounded by RPC_TIMEOUT_S. KvmeshError on any failure."""
         if self.state is not ShardState.UP and not even_down:
-            raise Unavailable(f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN")
+            raise Unavailable(
+                f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN"
+            )
         peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
         try:
             return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
@@ -88,14 +91,22 @@ class Shard:
             raise error from failure
 
     async def read(
-        self, local: Sequence[int], remote: Sequence[int], num_bytes: int, deadline_s: float,
+        self,
+        local: Sequence[int],
+        remote: Sequence[int],
+        num_bytes: int,
+        deadline_s: float,
         on_late: OnLate,
     ) -> None:
         """NIXL READ from the store. TransferError as in Transfer.read."""
         await self._move(self._transfer.read, local, remote, num_bytes, deadline_s, on_late)
 
     async def write(
-        self, local: Sequence[int], remote: Sequence[int], num_bytes: int, deadline_s: float,
+        self,
+        local: Sequence[int],
+        remote: Sequence[int],
+        num_bytes: int,
+        deadline_s: float,
         on_late: OnLate,
     ) -> None:
         """NIXL WRITE into the store. TransferError as in Transfer.write."""
@@ -110,8 +121,13 @@ class Shard:
         await self._channel.close()
 
     async def _move(
-        self, move: Callable[..., Any], local: Sequence[int], remote: Sequence[int],
-        num_bytes: int, deadline_s: float, on_late: OnLate,
+        self,
+        move: Callable[..., Any],
+        local: Sequence[int],
+        remote: Sequence[int],
+        num_bytes: int,
+        deadline_s: float,
+        on_late: OnLate,
     ) -> None:
         peer = self._peer
         if peer is None or self.state is not ShardState.UP:
@@ -128,6 +144,7 @@ class Shard:
         self._is_path_broken = self._is_path_broken or is_path_broken
         if self.state is ShardState.UP:
             self.state = ShardState.DOWN
+            self.up.clear()
             self._explain(reason)
             self._lost.set()
 
@@ -151,6 +168,7 @@ class Shard:
         self._lost.clear()
         self.state = ShardState.UP
         self._reason = ""
+        self.up.set()
         log.info("kvstore %s: up, incarnation %s", self.address, agent.incarnation)
         return True
 

@@ -45,7 +45,7 @@ class Background:
     async def keep(
         self, coroutine: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, object]]
     ) -> T:
-        """Awaits a coroutine that goes on when the caller is cancelled; then its result is undone."""
+        """Awaits a coroutine that goes on when the caller is cancelled; its result is then undone."""
         task = self.spawn(coroutine)
         try:
             return await asyncio.shield(task)
@@ -107,7 +107,7 @@ class Shards:
     background: Background
 
     def assign(self, keys: Sequence[bytes]) -> list[tuple[Shard, list[int]]]:
-        """Which live shard owns which keys: (shard, indices of keys in order). Empty: none is up."""
+        """Which live shard owns which keys: (shard, indices of keys in order). Empty: none up."""
         live = {shard.address: shard for shard in self.shards if shard.state is ShardState.UP}
         if not live:
             return []

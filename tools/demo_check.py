@@ -104,6 +104,7 @@ def evaluate(
 
 def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Print a greedy and a sampled continuation of each prompt."""
+    torch.set_num_threads(1)  # a model this small only loses to the threads' hand-overs
     chats = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True

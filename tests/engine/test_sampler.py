@@ -59,7 +59,7 @@ def sample_one(values: list[float], **changes: Any) -> int:
 def test_a_row_is_bit_equal_alone_and_among_fifteen_others(mode: str, place: int) -> None:
     sampler = Sampler(VOCAB_SIZE, "cpu")
     values = logits(16)
-    tokens = {"prompt_token_ids": [1, 2, 3, 800], "output_token_ids": [4, 4, 5]}
+    tokens: dict[str, Any] = {"prompt_token_ids": [1, 2, 3, 800], "output_token_ids": [4, 4, 5]}
     others = [
         request(seed, 10 + seed, num_logprobs=seed % 3 or None, **params, **tokens)
         for seed, params in enumerate([*MODES.values(), *MODES.values()][:16])

@@ -167,5 +167,3 @@ async def test_chat_goes_through_the_template(make_rig: Any) -> None:
     request.chat.messages.add(role="user", content="hi")
     answer = await rig.generate(request)
     assert answer.tokens[0] == expected_tokens(b"user: hi\n", 7, 3)
-
-

@@ -10,11 +10,11 @@ import grpc
 import pytest
 
 from mesh.errors import KvmeshError, NotFound, from_rpc_error
-from protos import common_pb2, gateway_pb2
+from protos import common_pb2, gateway_pb2, status_pb2
 from services.gateway.catalog import ServedModel, served_model
 from services.gateway.seeds import sequence_seed
 from services.gateway.validation import max_new_tokens, validate
-from tests.services.gateway.fake_mesh import CONTEXT_LEN, EOS, VOCAB_SIZE
+from tests.services.gateway.fake_mesh import CONTEXT_LEN, EOS, VOCAB_SIZE, write_byte_tokenizer
 
 MODEL = ServedModel(
     name="demo",
@@ -75,7 +75,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("sampling.logit_bias[3]", lambda r: r.sampling.logit_bias.update({3: math.nan}), "nan"),
     (
         "sampling.logit_bias",
-        lambda r: r.sampling.logit_bias.update({i: 0.0 for i in range(1025)}),
+        lambda r: r.sampling.logit_bias.update(dict.fromkeys(range(1025), 0.0)),
         "1025",
     ),
     (
@@ -158,7 +158,7 @@ def test_the_context_limits_what_was_asked_for_but_not_the_default() -> None:
         max_new_tokens(valid, 0, CONTEXT_LEN)
     request.stopping.max_new_tokens = 5
     request.stopping.min_new_tokens = 6
-    with pytest.raises(KvmeshError, match="min_new_tokens: is 6.*5"):
+    with pytest.raises(KvmeshError, match=r"min_new_tokens: is 6.*5"):
         max_new_tokens(validate(request, MODEL), 10, CONTEXT_LEN)
 
 
@@ -169,8 +169,6 @@ def test_sequence_seeds_differ_and_the_first_is_the_requests() -> None:
 
 
 def test_the_model_is_the_one_both_kinds_of_workers_hold() -> None:
-    from protos import status_pb2
-
     def worker(fingerprint: bytes, context_len: int) -> status_pb2.WorkerModel:
         return status_pb2.WorkerModel(fingerprint=fingerprint, context_len=context_len)
 
@@ -196,8 +194,6 @@ async def test_refusals_reach_the_client_rich_and_the_next_request_works(make_ri
 
 
 async def test_chat_without_a_template_is_refused(make_rig: Any, tmp_path: Any) -> None:
-    from tests.services.gateway.fake_mesh import write_byte_tokenizer
-
     write_byte_tokenizer(tmp_path, chat_template=None)
     rig = await make_rig(model=tmp_path)
     request = Request()
@@ -207,8 +203,6 @@ async def test_chat_without_a_template_is_refused(make_rig: Any, tmp_path: Any) 
 
 
 async def test_chat_that_the_template_refuses_is_refused(make_rig: Any, tmp_path: Any) -> None:
-    from tests.services.gateway.fake_mesh import write_byte_tokenizer
-
     write_byte_tokenizer(tmp_path, chat_template="{{ raise_exception('roles must alternate') }}")
     rig = await make_rig(model=tmp_path)
     request = Request()

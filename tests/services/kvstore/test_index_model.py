@@ -18,7 +18,7 @@ NUM_SLOTS = 5
 PRIVATE_TTL_S = 20.0
 QUARANTINE_S = 30.0
 
-KEYS = st.lists(st.sampled_from([bytes([65 + i]) for i in range(8)]), min_size=1, max_size=5)
+KEYS = st.lists(st.sampled_from([bytes([65 + i]) for i in range(7)]), min_size=1, max_size=4)
 OWNERS = st.sampled_from(["left", "right"])
 TTLS = st.sampled_from([1.0, 4.0, 15.0])
 
@@ -168,47 +168,33 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), owner=OWNERS, digest=st.integers(0, 2))
     def seal(self, data: st.DataObject, owner: str, digest: int) -> None:
-        number = data.draw(st.sampled_from(self.numbers[-12:]))
-        held = self.model.by_number(number)
-        expected = False
-        if held is not None and held.owner == owner and held.state == "reserved":
-            expected = True
-            held.state, held.digest = "sealed", digest
-            expiry = self.model.now + PRIVATE_TTL_S
-            held.deadline = expiry if held.is_private else float("inf")
-            self.model.touch(held)
-        elif held is not None and held.owner == owner and held.state == "sealed":
-            expected = held.digest == digest
-        assert self.index.seal(owner, [number], [digest]) == [expected]
+        self._seal(owner, data.draw(st.sampled_from(self.numbers[-8:])), digest)
+
+    @rule(digest=st.integers(0, 2))
+    def seal_all(self, digest: int) -> None:
+        for held in [held for held in self.model.held if held.state == "reserved"]:
+            self._seal(held.owner, held.number, digest)
 
     @rule(data=st.data(), owner=OWNERS)
     def acknowledge(self, data: st.DataObject, owner: str) -> None:
-        number = data.draw(st.sampled_from(self.numbers[-12:]))
+        number = data.draw(st.sampled_from(self.numbers[-8:]))
         freed = self.model.free_unsealed(lambda h: h.number == number and h.owner == owner)
         assert self.index.acknowledge(owner, [number]) == freed
 
     @rule(keys=KEYS, owner=OWNERS, ttl_s=TTLS)
     def lookup(self, keys: list[bytes], owner: str, ttl_s: float) -> None:
-        leased = self.index.lookup(owner, keys, SIZE, ttl_s=ttl_s)
-        found: list[Held] = []
-        for key in keys:
-            held = self.model.present(key)
-            if held is None or held.state != "sealed":
-                break
-            found.append(held)
-        assert [(b.offset, b.digest) for b in leased.blocks] == [
-            (h.offset, h.digest) for h in found
-        ]
-        assert (leased.lease_id != 0) is bool(found)
-        if found:
-            for held in reversed(found):
-                self.model.touch(held)
-            self.model.leases[leased.lease_id] = (owner, self.model.now + ttl_s, found)
-            self.lease_ids.append(leased.lease_id)
+        self._lookup(keys, owner, ttl_s)
+
+    @rule(data=st.data(), owner=OWNERS, ttl_s=TTLS)
+    def lookup_sealed(self, data: st.DataObject, owner: str, ttl_s: float) -> None:
+        sealed = [held.key for held in self.model.held if held.state == "sealed"]
+        if sealed:
+            keys = st.lists(st.sampled_from(sealed), min_size=1, max_size=3)
+            self._lookup(data.draw(keys), owner, ttl_s)
 
     @rule(data=st.data(), owner=OWNERS)
     def release(self, data: st.DataObject, owner: str) -> None:
-        lease_id = data.draw(st.sampled_from(self.lease_ids[-8:]))
+        lease_id = data.draw(st.sampled_from(self.lease_ids[-5:]))
         is_held = lease_id in self.model.leases and self.model.leases[lease_id][0] == owner
         outcome = self.index.release(owner, lease_id)
         assert outcome is (LeaseOutcome.HELD if is_held else LeaseOutcome.EXPIRED)
@@ -256,6 +242,37 @@ class IndexMachine(RuleBasedStateMachine):
         assert counts.num_quarantined == model.count("quarantined")
         assert counts.num_dropped == model.count("dropped")
         assert counts.num_leases == len(model.leases)
+
+    def _seal(self, owner: str, number: int, digest: int) -> None:
+        held = self.model.by_number(number)
+        expected = False
+        if held is not None and held.owner == owner and held.state == "reserved":
+            expected = True
+            held.state, held.digest = "sealed", digest
+            expiry = self.model.now + PRIVATE_TTL_S
+            held.deadline = expiry if held.is_private else float("inf")
+            self.model.touch(held)
+        elif held is not None and held.owner == owner and held.state == "sealed":
+            expected = held.digest == digest
+        assert self.index.seal(owner, [number], [digest]) == [expected]
+
+    def _lookup(self, keys: list[bytes], owner: str, ttl_s: float) -> None:
+        leased = self.index.lookup(owner, keys, SIZE, ttl_s=ttl_s)
+        found: list[Held] = []
+        for key in keys:
+            held = self.model.present(key)
+            if held is None or held.state != "sealed":
+                break
+            found.append(held)
+        assert [(b.offset, b.digest) for b in leased.blocks] == [
+            (h.offset, h.digest) for h in found
+        ]
+        assert (leased.lease_id != 0) is bool(found)
+        if found:
+            for held in reversed(found):
+                self.model.touch(held)
+            self.model.leases[leased.lease_id] = (owner, self.model.now + ttl_s, found)
+            self.lease_ids.append(leased.lease_id)
 
     def _make_room(self) -> bool:
         if len(self.model.held) < NUM_SLOTS:

@@ -1,0 +1,53 @@
+"""The doctor's judgement of facts, and its real probes of this machine."""
+
+from __future__ import annotations
+
+from kvmesh import doctor
+from kvmesh.doctor import State
+
+NIXL = {"module": "nixl_cu13", "backends": ["UCX"], "plugins": ["POSIX", "UCX"]}
+
+
+def test_every_problem_comes_with_a_remedy() -> None:
+    problems = [
+        doctor.check_python((3, 10)),
+        doctor.check_package("no-such-distribution"),
+        doctor.check_torch({"error": "No module named torch"}),
+        *doctor.check_nixl({"error": "nixl_cu13: No module"}, None),
+        next(doctor.check_nixl(NIXL, "1.0.0")),
+        list(doctor.check_nixl({**NIXL, "backends": []}, "1.5.1"))[1],
+        doctor.check_cma(lambda: "Operation not permitted"),
+        doctor.check_bandwidth({"error": "crashed"}),
+    ]
+    assert all(check.state is not State.OK and check.remedy for check in problems)
+
+
+def test_a_missing_transport_fails_and_a_slow_one_warns() -> None:
+    assert next(doctor.check_nixl({"error": "x"}, None)).state is State.FAIL
+    assert doctor.check_cma(lambda: "Operation not permitted").state is State.WARN
+
+
+def test_bandwidth_figures_are_flattened() -> None:
+    check = doctor.check_bandwidth({"read": {"gb_per_s": 6.54321}, "nixl": "1.5.1"})
+    assert check.detail == "read.gb_per_s 6.54, nixl 1.5.1"
+
+
+def test_a_crashing_probe_is_a_finding() -> None:
+    facts = doctor.run_json("kvmesh.probes", "no-such-probe")
+    assert "KeyError" in facts["error"]
+
+
+def test_nixl_opens_ucx_here() -> None:
+    facts = doctor.probe("nixl")
+    assert "UCX" in facts["backends"]
+
+
+def test_the_cma_probe_reads_the_right_bytes_or_says_why_not() -> None:
+    assert doctor.read_sibling() in ("", "Operation not permitted")
+
+
+def test_the_report_lists_findings_and_remedies() -> None:
+    checks = [doctor.check_python((3, 10)), doctor.check_cma(lambda: "")]
+    report = doctor.render(checks)
+    assert "What to do:" in report
+    assert "make clean setup PYTHON=python3.11" in report
