@@ -6,13 +6,10 @@ import torch
 
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., width] scaled to unit mean square in fp32, times weight [width]; x's dtype.
-
-    weight may also be [num_heads, width] for x [num_tokens, num_heads, width].
-    """
+    """x [..., width] scaled to unit mean square in fp32, times weight [width]; x's dtype."""
     wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * scale).to(x.dtype).mul_(weight)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
 
 
 def add_rmsnorm(

@@ -8,6 +8,7 @@ sampling depends on (seed, position) only. Never talks to the client; the outbox
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,6 +62,8 @@ class Request:
         self._max_new_tokens = 0
         self._fingerprint = b""
         self._handoff: common_pb2.Handoff | None = None
+        # Chosen here, so that the tail can be discarded even when prefill's answer never arrived.
+        self._tail_key = secrets.token_bytes(32)
         self._has_sent_info = False
         self._sequences = [self._sequence(i) for i in range(valid.sampling.num_sequences)]
         self.outbox.attach(self._sequences)
@@ -164,7 +167,7 @@ class Request:
             finally:
                 placement.close()
                 if placement.num_pulled_tokens == len(self._prompt_token_ids):
-                    self._handoff = None  # pulled, so the store has dropped the tail
+                    self._tail_key = b""  # pulled, so the store has dropped the tail
                 self._discard_tail()
 
     def _sequence(self, index: int) -> Sequence:
@@ -190,6 +193,7 @@ class Request:
         ledger.prefill_s, ledger.put_s = finished.prefill_s, finished.put_s
         ledger.on_token()
         self._handoff = finished.handoff
+        self._tail_key = finished.handoff.tail_key
         self._send_info(finished.prompt_logprobs)
         for first in finished.first_tokens:
             logprobs = [first.logprobs] if first.HasField("logprobs") else []
@@ -230,6 +234,7 @@ class Request:
             priority=valid.priority,
             cache_salt=valid.cache_salt,
             fingerprint=self._fingerprint,
+            tail_key=self._tail_key,
         )
 
     def _admit(self, live: list[Sequence]) -> decode_pb2.Admit:
@@ -273,6 +278,7 @@ class Request:
         self._backend.telemetry.instruments.retries.add(1, {"phase": phase, "reason": error.reason})
 
     def _discard_tail(self) -> None:
-        if self._handoff is not None:
-            self._backend.stores.discard(self._handoff.tail_key)
-            self._handoff = None
+        self._handoff = None
+        if self._tail_key:
+            self._backend.stores.discard(self._tail_key)
+            self._tail_key = b""

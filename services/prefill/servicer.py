@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
@@ -53,6 +52,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             yield prefill_pb2.PrefillResponse(started=await prompt.start())
             yield prefill_pb2.PrefillResponse(finished=await prompt.finish())
+            prompt.is_handed_off = True
         finally:
             prompt.close()
             del self._prompts[prompt_id]
@@ -81,6 +81,7 @@ class Prompt:
         self._token_ids = list(request.prompt_token_ids)
         self._root = worker.root(request.cache_salt)
         self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
+        self.is_handed_off = False
         self._num_published = 0
         self._put: asyncio.Task[bool] | None = None
         self._prompt_logprobs: list[common_pb2.PositionLogprobs] = []
@@ -160,6 +161,8 @@ class Prompt:
         if self._computed.done() and not self._computed.cancelled():
             self._computed.exception()
         self._computed.cancel()
+        if self._request.tail_key and not self.is_handed_off:
+            self._worker.spawn(self._worker.store.discard([self._request.tail_key]))
         if self._sequence.state in (SequenceState.NEW, SequenceState.FINISHED):
             self._worker.release(self._sequence.blocks)
         else:
@@ -180,10 +183,10 @@ class Prompt:
             await self._put
         tail_len = num_tokens % worker.block_tokens
         tail_key = b""
-        if tail_len and self._request_decodes:
+        if tail_len and self._request.tail_key and self._request_decodes:
             tail_block = self._sequence.blocks[num_tokens // worker.block_tokens]
             await worker.engine.call(worker.runner.cache.zero_block_tail, tail_block, tail_len)
-            key = secrets.token_bytes(32)
+            key = self._request.tail_key
             sealed = await worker.store.publish(
                 [key], [tail_block], is_private=True, deadline_s=PUBLISH_DEADLINE_S
             )
