@@ -57,7 +57,7 @@ check: setup
 	@$(BIN)/basedpyright --warnings
 	@$(BIN)/lint-imports --no-logo --config pyproject.toml
 	@$(BIN)/buf lint
-	@$(BIN)/python tests/rules/budget.py
+	@$(BIN)/python -m tests.rules.budget
 
 format: setup
 	@$(BIN)/ruff format .

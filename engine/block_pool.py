@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable
 
 
-class PoolExhausted(RuntimeError):  # noqa: N818 - the name in the contract
+class PoolExhausted(RuntimeError):
     """Fewer blocks are free than were asked for."""
 
 

@@ -1,6 +1,7 @@
 """The model's shape and arithmetic, read from config.json.
 
-Owns the decision of what is supported: whatever would change the arithmetic and is not implemented is
+Owns the decision of what is supported: whatever would change the arithmetic and is not implemented
+is
 refused here, with a sentence that names it.
 """
 
@@ -68,7 +69,9 @@ class ModelConfig:
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
-        """Reads config.json (and EOS ids of generation_config.json); ModelError names what is wrong."""
+        """Reads config.json (and EOS ids of generation_config.json); ModelError names what is
+        wrong.
+        """
         path = model_dir / "config.json"
         if not path.is_file():
             raise ModelError(f"{path} does not exist: --model needs a Hugging Face model directory")

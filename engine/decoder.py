@@ -27,7 +27,9 @@ class Batch:
 
 
 class Decoder:
-    """Llama, Mistral, Qwen2 and Qwen3 (architecture reports and their transformers implementations)."""
+    """Llama, Mistral, Qwen2 and Qwen3 (architecture reports and their transformers
+    implementations).
+    """
 
     def __init__(self, config: ModelConfig, parameters: Parameters) -> None:
         self._config = config
@@ -88,7 +90,9 @@ class Decoder:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """[head_dim / 2] fp32; with factor != 1 scaled as in Llama 3.1 (transformers' llama3 rope type)."""
+    """[head_dim / 2] fp32; with factor != 1 scaled as in Llama 3.1 (transformers' llama3 rope
+    type).
+    """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     inv_freq = 1.0 / (rope.theta**exponent)
     if rope.factor == 1.0:

@@ -1,4 +1,6 @@
-"""The worker's paged KV memory: one page-aligned arena in the block layout, registered with NIXL by others."""
+"""The worker's paged KV memory: one page-aligned arena in the block layout, registered with NIXL
+by others.
+"""
 
 from __future__ import annotations
 
@@ -42,5 +44,7 @@ class KvCache:
         self._rows[targets] = self._rows[sources]
 
     def zero_block_tail(self, block: int, num_tokens: int) -> None:
-        """Clears the slots after the first num_tokens: no stale KV leaves with a partly filled block."""
+        """Clears the slots after the first num_tokens: no stale KV leaves with a partly filled
+        block.
+        """
         self.blocks[block, :, :, :, num_tokens:] = 0

@@ -6,8 +6,9 @@ Owns that progress and the building of chunks. Never allocates, never decides wh
 from __future__ import annotations
 
 import enum
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from engine.plan import (
     Chunk,
@@ -81,7 +82,7 @@ class Sequence:
 
     def __init__(
         self,
-        key: Hashable,
+        key: Any,
         prompt_token_ids: list[int],
         seeds: tuple[int, ...],
         sampling: SamplingParams,

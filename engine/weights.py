@@ -1,6 +1,7 @@
 """Streams safetensors into the decoder's fused parameters.
 
-Owns the table from checkpoint names to parameters. Never reads .bin or .pt (pickle), never keeps a second
+Owns the table from checkpoint names to parameters. Never reads .bin or .pt (pickle), never keeps a
+second
 copy of the checkpoint.
 """
 

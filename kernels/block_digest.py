@@ -1,7 +1,9 @@
 """The 64-bit digest of KV blocks: where the bytes are, at the speed of the memory.
 
-Each 64-bit little-endian word w at index i contributes mix(w + (i + 1) * C1), mix(x) = (x ^ x >> 32) * C2,
-then x ^ x >> 29; contributions add up modulo 2^64. Sums commute, so any split of the words over threads
+Each 64-bit little-endian word w at index i contributes mix(w + (i + 1) * C1), mix(x) = (x ^ x >>
+32) * C2,
+then x ^ x >> 29; contributions add up modulo 2^64. Sums commute, so any split of the words over
+threads
 gives the same digest; the index constant makes it sensitive to order. Not cryptographic: it guards
 against corruption, not against an attacker on the private network.
 """
@@ -18,7 +20,9 @@ _PASS_WORDS = 16_384
 
 
 def block_digest(blocks: torch.Tensor) -> list[int]:
-    """blocks [num_blocks, num_bytes] uint8, contiguous rows, num_bytes divisible by 8 -> digests."""
+    """blocks [num_blocks, num_bytes] uint8, contiguous rows, num_bytes divisible by 8 ->
+    digests.
+    """
     if blocks.shape[1] % 8:
         raise ValueError(f"block of {blocks.shape[1]} bytes; the digest needs a multiple of 8")
     words = blocks.view(torch.int64)

@@ -1,7 +1,8 @@
 """Matrix product with weights, row by row the same whatever rows stand beside it.
 
 torch twin: rows go through the product in tiles of ROW_TILE (the last one padded), so that a row's
-K-reduction order depends on (N, K) only, never on the number of rows. Measured on an AVX-512 CPU: fp32
+K-reduction order depends on (N, K) only, never on the number of rows. Measured on an AVX-512 CPU:
+fp32
 `linear` of 1 to 3 rows gives other bits than of 4 or more; tiles of a fixed size do not.
 """
 

@@ -1,6 +1,7 @@
 """Causal attention over paged KV, split over the context by fixed size with an ordered merge.
 
-A split is one block. Every (token, KV head) is a product of its own, so its bits depend on its query and
+A split is one block. Every (token, KV head) is a product of its own, so its bits depend on its
+query and
 its context alone: alone or in a batch, prefill, chunked prefill and decode agree bit for bit
 (online softmax: Milakov and Gimelshein, 2018; split KV: Dao et al., Flash-Decoding, 2023).
 """
@@ -16,9 +17,11 @@ import torch
 class Group:
     """Tokens that are computed in one batch of products.
 
-    rows: where the tokens stand in the step's batch. block_table: [num_tokens, max_blocks] when every
+    rows: where the tokens stand in the step's batch. block_table: [num_tokens, max_blocks] when
+    every
     token is of another sequence, [1, max_blocks] when all are of one. mask[split]: additive
-    [num_tokens, 1, 1, block_tokens] fp32, 0 where the token sees the key, -inf elsewhere; None where
+    [num_tokens, 1, 1, block_tokens] fp32, 0 where the token sees the key, -inf elsewhere; None
+    where
     all is seen.
     """
 
@@ -28,7 +31,9 @@ class Group:
 
 
 def make_group(rows: slice, positions: torch.Tensor, block_table: torch.Tensor, bt: int) -> Group:
-    """Prepares a group once per step; positions [num_tokens] are those of its queries, bt is block_tokens."""
+    """Prepares a group once per step; positions [num_tokens] are those of its queries, bt is
+    block_tokens.
+    """
     num_splits = int(positions.max()) // bt + 1
     last_full = int(positions.min()) - bt + 1
     masks: list[torch.Tensor | None] = []
@@ -88,6 +93,8 @@ def _attend(q: torch.Tensor, cache: torch.Tensor, layer: int, group: Group) -> t
 
 
 def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [num_tokens, num_kv_heads, n, k] @ right [num_tokens, num_kv_heads, k, m], one by one."""
+    """left [num_tokens, num_kv_heads, n, k] @ right [num_tokens, num_kv_heads, k, m], one by
+    one.
+    """
     flat = torch.bmm(left.flatten(0, 1), right.flatten(0, 1))
     return flat.view(*left.shape[:-1], right.shape[-1])

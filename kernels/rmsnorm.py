@@ -1,4 +1,6 @@
-"""Root mean square normalisation (Zhang and Sennrich, 2019), with the residual addition before it."""
+"""Root mean square normalisation (Zhang and Sennrich, 2019), with the residual addition before
+it.
+"""
 
 from __future__ import annotations
 

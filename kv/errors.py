@@ -14,7 +14,7 @@ class TransferError(Exception):
         self.reason = reason
 
 
-class TransferTimeout(TransferError):  # noqa: N818
+class TransferTimeout(TransferError):
     """Our deadline passed while the transfer may still move bytes.
 
     `settled` resolves when the late transfer is over or its peer is gone; until then nobody may
@@ -26,7 +26,7 @@ class TransferTimeout(TransferError):  # noqa: N818
         self.settled = settled
 
 
-class PeerVersionMismatch(TransferError):  # noqa: N818
+class PeerVersionMismatch(TransferError):
     """The peer runs another NIXL version; its metadata was never loaded: it could crash us."""
 
     def __init__(self, peer: str, *, ours: str, theirs: str) -> None:

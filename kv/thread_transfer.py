@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from kv.errors import PeerVersionMismatch, TransferError, TransferTimeout
-from kv.transfer import Agent, Offsets, OnLate, Spans, group, spans
+from kv.transfer import Agent, OnLate, Positions, Spans, group, spans
 from kv.transfer_thread import Backend, Flight, TransferThread
 
 log = logging.getLogger("kvmesh.transfer")
@@ -74,8 +74,8 @@ class ThreadTransfer:
     async def read(
         self,
         peer_name: str,
-        local_offsets: Sequence[int] | Offsets,
-        remote_offsets: Sequence[int] | Offsets,
+        local_offsets: Positions,
+        remote_offsets: Positions,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
@@ -87,8 +87,8 @@ class ThreadTransfer:
     async def write(
         self,
         peer_name: str,
-        local_offsets: Sequence[int] | Offsets,
-        remote_offsets: Sequence[int] | Offsets,
+        local_offsets: Positions,
+        remote_offsets: Positions,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
@@ -108,8 +108,8 @@ class ThreadTransfer:
     def _spans(
         self,
         peer_name: str,
-        local_offsets: Sequence[int] | Offsets,
-        remote_offsets: Sequence[int] | Offsets,
+        local_offsets: Positions,
+        remote_offsets: Positions,
         num_bytes: int,
     ) -> Spans:
         peer = self._peers.get(peer_name)

@@ -9,12 +9,13 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Offsets = NDArray[np.uint64]
+Positions = Sequence[int] | NDArray[np.integer[Any]]
 OnLate = Callable[["asyncio.Future[None]"], None]
 MAX_SPAN_NUM_BYTES = 32 * 2**20
 
@@ -63,8 +64,8 @@ class Transfer(Protocol):
     async def read(
         self,
         peer_name: str,
-        local_offsets: Sequence[int] | Offsets,
-        remote_offsets: Sequence[int] | Offsets,
+        local_offsets: Positions,
+        remote_offsets: Positions,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
@@ -80,8 +81,8 @@ class Transfer(Protocol):
     async def write(
         self,
         peer_name: str,
-        local_offsets: Sequence[int] | Offsets,
-        remote_offsets: Sequence[int] | Offsets,
+        local_offsets: Positions,
+        remote_offsets: Positions,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
@@ -95,8 +96,8 @@ class Transfer(Protocol):
 
 
 def spans(
-    local_offsets: Sequence[int] | Offsets,
-    remote_offsets: Sequence[int] | Offsets,
+    local_offsets: Positions,
+    remote_offsets: Positions,
     num_bytes: int,
     *,
     local_num_bytes: int,
@@ -134,9 +135,7 @@ def group(whole: Spans, max_num_bytes: int) -> list[Spans]:
     ]
 
 
-def _checked(
-    name: str, values: Sequence[int] | Offsets, num_bytes: int, arena_num_bytes: int
-) -> Offsets:
+def _checked(name: str, values: Positions, num_bytes: int, arena_num_bytes: int) -> Offsets:
     raw = np.asarray(values)
     if raw.ndim != 1:
         raise ValueError(f"{name}: shape {raw.shape}; one dimension")

@@ -1,4 +1,4 @@
-"""Runs a mesh's processes: start in order, restart what crashes, drain in reverse.
+"""Runs a mesh's processes: start them, restart what crashes, drain them in order.
 
 Owns the children, each in its own process group, so that Ctrl-C reaches only this process. Never
 speaks gRPC and never looks inside a service: it reads the readiness line and sends signals.
@@ -133,18 +133,17 @@ class Launcher:
 
     @property
     def children(self) -> list[Child]:
-        """Every child, in starting order."""
+        """Every child: stores, workers, gateway."""
         return [child for stage in self._stages for child in stage]
 
     async def start(self) -> None:
-        """Starts stage after stage; returns when all are ready.
+        """Starts all at once (each waits for its peers by itself); returns when all are ready.
 
         Raises LaunchError when a service ends before it was ever ready.
         """
-        for stage in self._stages:
-            for child in stage:
-                self._tasks[child] = asyncio.create_task(child.supervise())
-            await asyncio.gather(*(self._until_ready(child) for child in stage))
+        for child in self.children:
+            self._tasks[child] = asyncio.create_task(child.supervise())
+        await asyncio.gather(*(self._until_ready(child) for child in self.children))
 
     async def wait(self) -> None:
         """Raises if a supervisor fails; normally the caller cancels it, which ends no child."""

@@ -60,7 +60,7 @@ class ServiceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
-    """Every process of a mesh; the tuples are started in this order and drained in reverse."""
+    """Every process of a mesh; the stages drain in reverse, the gateway first."""
 
     kvstores: tuple[ServiceSpec, ...]
     workers: tuple[ServiceSpec, ...]

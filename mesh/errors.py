@@ -3,7 +3,6 @@
 Owns the mapping in both directions, with google.rpc.ErrorInfo and BadRequest details. A client's
 mistake is never logged; an unknown exception is logged once, with the incident id its caller sees.
 """
-# ruff: noqa: N818 - the classes are named as gRPC names its codes
 
 from __future__ import annotations
 
@@ -158,7 +157,8 @@ def domain_error(error: BaseException) -> KvmeshError:
     """The domain error a handler's exception stands for.
 
     A peer's failure keeps its code, but its CANCELLED is not ours: that becomes Unavailable.
-    Anything unknown becomes Internal with an incident id, logged here with its traceback.
+    A group of such (asyncio.TaskGroup raises them) stands for its first. Anything unknown becomes
+    Internal with an incident id, logged here with its traceback.
     """
     if isinstance(error, KvmeshError):
         return error
@@ -167,6 +167,10 @@ def domain_error(error: BaseException) -> KvmeshError:
         if isinstance(peer, Cancelled):
             return Unavailable(f"a peer gave up: {peer}", reason="PEER_CANCELLED", retryable=True)
         return peer
+    if isinstance(error, ExceptionGroup):
+        known, unknown = error.split((KvmeshError, grpc.RpcError))
+        if known is not None and unknown is None:
+            return domain_error(known.exceptions[0])
     if isinstance(error, asyncio.CancelledError):
         return Aborted("the work was stopped on the server", reason="STOPPED", retryable=True)
     incident = secrets.token_hex(4)

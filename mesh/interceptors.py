@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 from opentelemetry import trace
 
-from mesh.errors import domain_error, to_rpc_status
+from mesh.errors import Unavailable, domain_error, to_rpc_status
 from mesh.telemetry import Telemetry
 
 # Calls that live as long as a process, or are asked for every second, are no part of a trace.
@@ -33,6 +34,7 @@ _OUR_FAULT = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
+log = logging.getLogger("kvmesh.server")
 Handler = Callable[[Any, Any], Awaitable[Any]]
 
 
@@ -127,8 +129,8 @@ async def _fail(context: Any, span: trace.Span, error: BaseException) -> None:
     if isinstance(error, grpc.aio.AbortError):
         span.set_attribute("rpc.response.status_code", _code_name(context))
         raise error  # the handler chose its own status
-    if context.done() and isinstance(error, grpc.aio.BaseError):
-        raise asyncio.CancelledError from error  # a write that found the caller gone
+    if isinstance(error, grpc.aio.InternalError):
+        await _end_broken(context, error)
     known = domain_error(error)
     span.set_attribute("rpc.response.status_code", known.code.name)
     span.set_attribute("error.type", known.reason)
@@ -137,6 +139,14 @@ async def _fail(context: Any, span: trace.Span, error: BaseException) -> None:
     if context.done():
         raise asyncio.CancelledError from error
     await context.abort_with_status(to_rpc_status(known))
+
+
+async def _end_broken(context: Any, error: BaseException) -> None:
+    """Ends a call whose write failed: its caller is gone, or grpc itself refused the message."""
+    log.debug("a response could not be sent", exc_info=error)
+    with contextlib.suppress(grpc.aio.InternalError):
+        await context.abort_with_status(to_rpc_status(Unavailable("the response was not sent")))
+    raise asyncio.CancelledError from error
 
 
 def _is_cancelled_from_outside() -> bool:

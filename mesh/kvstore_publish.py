@@ -133,9 +133,10 @@ class Publish:
 
     async def _seal(self, grant: _Grant) -> None:
         grant.is_closed = True
-        self._num_sealed += await self._shards.background.keep(
+        num_sealed = await self._shards.background.keep(
             self._seal_or_give_back(grant), undo=lambda _: self._forget_private(grant)
         )
+        self._num_sealed += num_sealed  # after the await: shards seal side by side
 
     async def _seal_or_give_back(self, grant: _Grant) -> int:
         request = kvstore_pb2.SealRequest(

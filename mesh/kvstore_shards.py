@@ -45,7 +45,7 @@ class Background:
     async def keep(
         self, coroutine: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, object]]
     ) -> T:
-        """Awaits a coroutine that goes on when the caller is cancelled; its result is then undone."""
+        """Awaits a coroutine that goes on when the caller is cancelled, then to be undone."""
         task = self.spawn(coroutine)
         try:
             return await asyncio.shield(task)

@@ -43,7 +43,7 @@ class Otlp:
                 "service.instance.id": incarnation,
             }
         )
-        link = _Link(endpoint)
+        self._link = link = _Link(endpoint)
         options: dict[str, Any] = {
             "endpoint": endpoint,
             "insecure": not endpoint.startswith("https://"),
@@ -71,31 +71,31 @@ class Otlp:
             thread.start()
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        self._link.hush()
         if any(thread.is_alive() for thread in threads):
             self._spans.shutdown()  # interrupts the exporters' own waits, so their threads end
             self._metrics.shutdown()
 
 
 class _Link:
-    """Whether the endpoint answers: one warning when it stops, one line when it is back."""
+    """Whether the endpoint answers; says once in a process's life that it does not."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._lock = threading.Lock()  # span and metric exporter threads
-        self._is_down = False
-        self._is_warned = False
+        self._lock = threading.Lock()  # span and metric exporters report from their own threads
+        self._is_hushed = False
 
     def report(self, is_ok: bool) -> None:
-        """Tells the outcome of one export."""
+        """Takes the outcome of one export."""
+        if is_ok or self.hush():
+            return
+        log.warning("telemetry endpoint %s does not answer; serving goes on", self._endpoint)
+
+    def hush(self) -> bool:
+        """Says nothing more; returns whether that was so already."""
         with self._lock:
-            changed, self._is_down = self._is_down == is_ok, not is_ok
-            warn = changed and not is_ok and not self._is_warned
-            self._is_warned = self._is_warned or warn
-        if warn:
-            log.warning("telemetry endpoint %s does not answer; serving goes on", self._endpoint)
-        elif changed:
-            state = "answers again" if is_ok else "does not answer"
-            log.debug("telemetry endpoint %s %s", self._endpoint, state)
+            before, self._is_hushed = self._is_hushed, True
+        return before
 
 
 class _SpanExporter(OTLPSpanExporter):

@@ -40,7 +40,8 @@ def run_service(
         asyncio.run(_body(main, die_with_parent))
     except (StartupError, KvmeshError, ValueError, OSError) as error:
         log.debug("the service ends", exc_info=True)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        hint = "" if isinstance(error, StartupError) else " (--log-level debug shows where)"
+        print(f"error: {error}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_FAILURE) from None
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 def owner(key: bytes, members: Sequence[str]) -> str:
     """The member with the highest blake2b(key, member).
 
-    A change of members moves only the keys of who came or went. Equal for every order of members and on every host. ValueError: no members.
+    A change of members moves only the keys of who came or went. Equal for every order of members
+    and on every host. ValueError: no members.
     """
     if not members:
         raise ValueError("members: none; at least one")

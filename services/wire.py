@@ -1,6 +1,7 @@
 """Translation between wire messages and engine values, for the two services that run an engine.
 
-Owns the one mapping of each enum and parameter; never validates (the gateway did) and holds no state.
+Owns the one mapping of each enum and parameter; never validates (the gateway did) and holds no
+state.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a prefill and a decode process have in common: model, engine, NIXL agent and store client.
 
-Owns construction, teardown and the life of blocks that a late transfer may still write. Never routes,
+Owns construction, teardown and the life of blocks that a late transfer may still write. Never
+routes,
 never speaks to clients. The gateway and the kvstore never import this module (it loads torch).
 """
 
@@ -169,13 +170,8 @@ class Worker:
         if not keys:
             return 0
         held: list[int] = []
-
-        def hold(block_ids: list[int], settled: asyncio.Future[None]) -> None:
-            held.extend(block_ids)
-            self.quarantine(block_ids, settled)
-
         result = await self.store.pull(
-            keys, blocks[: len(keys)], deadline_s=PULL_DEADLINE_S, hold=hold
+            keys, blocks[: len(keys)], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
         )
         await self._replace(blocks, held, priority)
         return result.num_blocks
@@ -183,13 +179,8 @@ class Worker:
     async def pull_private(self, key: bytes, blocks: list[int], index: int, priority: int) -> bool:
         """Pulls a private tail into blocks[index]; the store drops it afterwards."""
         held: list[int] = []
-
-        def hold(block_ids: list[int], settled: asyncio.Future[None]) -> None:
-            held.extend(block_ids)
-            self.quarantine(block_ids, settled)
-
         pulled = await self.store.pull_private(
-            key, blocks[index], deadline_s=PULL_DEADLINE_S, hold=hold
+            key, blocks[index], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
         )
         await self._replace(blocks, held, priority)
         return pulled
@@ -258,6 +249,15 @@ class Worker:
             ),
             uptime_s=time.monotonic() - self._started_at,
         )
+
+    def _holder(self, held: list[int]) -> Callable[[list[int], asyncio.Future[None]], None]:
+        """Quarantines what a late READ may still write, and notes it in `held`."""
+
+        def hold(block_ids: list[int], settled: asyncio.Future[None]) -> None:
+            held.extend(block_ids)
+            self.quarantine(block_ids, settled)
+
+        return hold
 
     async def _replace(self, blocks: list[int], held: list[int], priority: int) -> None:
         if not held:

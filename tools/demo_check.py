@@ -42,7 +42,7 @@ def render(document: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """A document as the text the model reads."""
     if not document["messages"]:
         return document["text"]
-    return tokenizer.apply_chat_template(document["messages"], tokenize=False)
+    return tokenizer.apply_chat_template(document["messages"], tokenize=False)  # pyright: ignore[reportReturnType]
 
 
 def autocast(device: torch.device) -> AbstractContextManager:
@@ -112,10 +112,10 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         for question in QUESTIONS
     ]
     for prompt in (*PROMPTS, *chats):
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)  # pyright: ignore[reportArgumentType]
         for how in ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_p": 1.0}):
             torch.manual_seed(0)
-            tokens = model.generate(
+            tokens = model.generate(  # pyright: ignore[reportCallIssue]
                 inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=80,
@@ -129,14 +129,15 @@ def verify(folder: Path, documents: list[dict], device: torch.device) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     print(f"parameters {sum(weight.numel() for weight in model.parameters())}")
-    figures = evaluate(model.to(device), documents, tokenizer, device)
+    figures = evaluate(model.to(device), documents, tokenizer, device)  # pyright: ignore[reportArgumentType]
     for key, values in figures.items():
         print(f"held-out {key:8}", {name: round(value, 4) for name, value in values.items()})
     sample(model.cpu(), tokenizer)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--corpus", type=Path, required=True, help="what demo_corpus.py wrote")
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

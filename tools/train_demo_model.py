@@ -80,6 +80,7 @@ def streams(
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
+    """Runs the command line."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,
@@ -106,8 +107,8 @@ def add_dropout(model: Qwen3ForCausalLM, share: float) -> None:
         return F.dropout(output, share, module.training)
 
     for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_hook(drop)
-        layer.mlp.down_proj.register_forward_hook(drop)
+        layer.self_attn.o_proj.register_forward_hook(drop)  # pyright: ignore[reportAttributeAccessIssue]
+        layer.mlp.down_proj.register_forward_hook(drop)  # pyright: ignore[reportAttributeAccessIssue]
     model.model.embed_tokens.register_forward_hook(drop)
 
 
@@ -177,7 +178,7 @@ def train(
             group["lr"] = arguments.rate * rate_at(progress)
         length = MAX_LEN if progress > 1 - LONG_SHARE else SHORT_LEN
         batch = windows(lines, arguments.tokens // length, length, generator)
-        loss = train_step(runner, optimizer, batch)
+        loss = train_step(runner, optimizer, batch)  # pyright: ignore[reportArgumentType]
         step += 1
         if step % arguments.every and progress < 1:
             continue
@@ -201,7 +202,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
         temperature=0.8,
         top_p=0.95,
     )
-    model.to(torch.bfloat16).cpu().save_pretrained(out)
+    model.to(torch.bfloat16).cpu().save_pretrained(out)  # pyright: ignore[reportArgumentType]
     tokenizer.save_pretrained(out)
     (out / "chat_template.jinja").unlink(missing_ok=True)
     # Written out in the form that transformers 4 reads too.
@@ -218,7 +219,8 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # pyright: ignore[reportOptionalMemberAccess]
     parser.add_argument("--corpus", type=Path, required=True, help="what demo_corpus.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder")
     parser.add_argument("--steps", type=int, default=4000)

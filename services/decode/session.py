@@ -1,6 +1,7 @@
 """One gateway's session on this rank: its requests, and one outgoing message per step.
 
-Owns the requests' admission (memory, pull, fork), their outputs until sent, and their end. Never samples,
+Owns the requests' admission (memory, pull, fork), their outputs until sent, and their end. Never
+samples,
 never decides what a step runs.
 """
 
@@ -61,7 +62,9 @@ class Session:
         return len(self._requests)
 
     async def next_message(self) -> decode_pb2.SessionResponse | None:
-        """Waits for something to say; a slow stream gets several steps in one message. None at the end."""
+        """Waits for something to say; a slow stream gets several steps in one message. None at the
+        end.
+        """
         await self._has_pending.wait()
         self._has_pending.clear()
         if self._closed:
@@ -173,7 +176,9 @@ class Session:
         return num_computed
 
     async def _pull(self, request: Request, tokens: list[int]) -> tuple[list[int], int]:
-        """Gets KV for all tokens but the last: sealed blocks, then the private tail. Owns the blocks."""
+        """Gets KV for all tokens but the last: sealed blocks, then the private tail. Owns the
+        blocks.
+        """
         worker, admit = self._worker, request.admit
         block_tokens = worker.block_tokens
         num_needed = len(tokens) - 1

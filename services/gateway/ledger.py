@@ -58,7 +58,7 @@ class Ledger:
         )
 
     def record(self, instruments: Instruments, state: str, output_lens: list[int]) -> None:
-        """Adds the request to the metrics; `state` is completed, aborted, cancelled or failed."""
+        """Adds the request to the metrics; `state` is how it ended."""
         instruments.requests.add(1, {"state": state})
         instruments.request_duration.record(time.monotonic() - self.arrived_at, {"state": state})
         if self.first_token_at is None or self.last_token_at is None:

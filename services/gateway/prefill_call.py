@@ -32,6 +32,7 @@ async def call_prefill(
         request, timeout=PREFILL_TIMEOUT_S
     )
     lost: list[str] = []
+    finished: prefill_pb2.PrefillFinished | None = None
 
     def lose(reason: str) -> None:
         lost.append(reason)
@@ -44,7 +45,7 @@ async def call_prefill(
                 if event == "started":
                     on_started(response.started)
                 elif event == "finished":
-                    return response.finished
+                    finished = response.finished
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     except asyncio.CancelledError:
@@ -53,7 +54,9 @@ async def call_prefill(
         raise _gone(instance, lost[0]) from None
     finally:
         call.cancel()
-    raise _gone(instance, "the call ended without an answer")
+    if finished is None:
+        raise _gone(instance, "the call ended without an answer")
+    return finished
 
 
 def _gone(instance: Instance, why: str) -> Unavailable:

@@ -59,21 +59,7 @@ class Gateway:
         self._admin = ServiceServer(
             host=settings.host, port=settings.admin_port, telemetry=telemetry
         )
-        self._server.add(
-            gateway_pb2_grpc.add_GenerationServiceServicer_to_server,
-            GenerationServicer(backend, self.registry),
-            "kvmesh.v1.GenerationService",
-        )
-        self._server.add(
-            gateway_pb2_grpc.add_ModelServiceServicer_to_server,
-            ModelServicer(self.router, tokenizer),
-            "kvmesh.v1.ModelService",
-        )
-        self._admin.add(
-            status_pb2_grpc.add_StatusServiceServicer_to_server,
-            StatusServicer(self._status.snapshot),
-            "kvmesh.v1.StatusService",
-        )
+        self._add_services(backend, tokenizer)
 
     @property
     def is_ready(self) -> bool:
@@ -124,3 +110,20 @@ class Gateway:
                 is_announced = True
                 announce_ready(role="gateway", address=address, incarnation=self._incarnation)
             await self.router.changed()
+
+    def _add_services(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        self._server.add(
+            gateway_pb2_grpc.add_GenerationServiceServicer_to_server,
+            GenerationServicer(backend, self.registry),
+            "kvmesh.v1.GenerationService",
+        )
+        self._server.add(
+            gateway_pb2_grpc.add_ModelServiceServicer_to_server,
+            ModelServicer(self.router, tokenizer),
+            "kvmesh.v1.ModelService",
+        )
+        self._admin.add(
+            status_pb2_grpc.add_StatusServiceServicer_to_server,
+            StatusServicer(self._status.snapshot),
+            "kvmesh.v1.StatusService",
+        )

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mesh.errors import Internal, KvmeshError, Unavailable
+from mesh.errors import Internal, InvalidArgument, KvmeshError, Unavailable
 from mesh.telemetry import Telemetry
 from protos import common_pb2, decode_pb2, gateway_pb2, prefill_pb2
 from services.gateway import validation
@@ -113,6 +113,10 @@ class Request:
             self.outbox.close(self._ledger.usage(self._output_lens))
         except Exception as error:  # the edge of this task: the client's stream raises it
             self._state = "failed"
+            if isinstance(error, InvalidArgument):
+                self._state = "rejected"
+                rejected = self._backend.telemetry.instruments.requests_rejected
+                rejected.add(1, {"reason": error.reason})
             self.outbox.fail(error)
         finally:
             self._discard_tail()

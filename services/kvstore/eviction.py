@@ -33,7 +33,9 @@ class LruLeaves:
     def add(self, block: Block, parent: bytes | None) -> None:
         """Takes a new block; `parent` is the key before it in its chain."""
         self.touch(block)
-        if parent in self._blocks and parent != block.key and block.key not in self._num_children:
+        if parent is None or parent == block.key or block.key in self._num_children:
+            return
+        if parent in self._blocks:
             block.parent = parent
             self._num_children[parent] = self._num_children.get(parent, 0) + 1
 

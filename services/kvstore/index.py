@@ -100,10 +100,8 @@ class BlockIndex:
     ) -> list[bool]:
         """Seals written blocks; False where expired, unknown or another's. May be repeated."""
         self.expire()
-        return [
-            self._seal(owner, number, digest)
-            for number, digest in zip(reservation_ids, digests, strict=True)
-        ]
+        pairs = zip(reservation_ids, digests, strict=True)
+        return [self._seal(owner, number, digest) for number, digest in pairs]
 
     def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
         """Frees slots, reserved or quarantined, that their writer will never touch again."""

@@ -1,6 +1,7 @@
 """PrefillService: one prompt in, sealed blocks and first tokens out.
 
-Owns the life of a prompt on this instance: memory, pull, chunks, put. Never generates past the first token.
+Owns the life of a prompt on this instance: memory, pull, chunks, put. Never generates
+past the first token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The public contract through the whole mesh: the stream's shape, sampling parameters, stops, errors."""
+"""The public contract through the whole mesh: the stream's shape, sampling parameters, stops,
+errors.
+"""
 
 from __future__ import annotations
 
@@ -169,7 +171,7 @@ def test_chat_and_models(wide_mesh: Mesh) -> None:
 def test_health_is_live_and_ready(wide_mesh: Mesh) -> None:
     stub = health_pb2_grpc.HealthStub(wide_mesh.channel)
     for name in ("", "liveness", "readiness", "kvmesh.v1.GenerationService"):
-        status = stub.Check(health_pb2.HealthCheckRequest(service=name)).status
+        status = stub.Check(health_pb2.HealthCheckRequest(service=name)).status  # pyright: ignore[reportAttributeAccessIssue]
         assert status == health_pb2.HealthCheckResponse.SERVING, name
 
 

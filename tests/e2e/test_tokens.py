@@ -1,4 +1,6 @@
-"""The mesh's tokens equal transformers', alone, in company, and when every prefix comes from the store."""
+"""The mesh's tokens equal transformers', alone, in company, and when every prefix comes from the
+store.
+"""
 
 from __future__ import annotations
 

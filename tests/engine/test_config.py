@@ -1,4 +1,6 @@
-"""What config.json may say: everything that would change the arithmetic is read or refused by name."""
+"""What config.json may say: everything that would change the arithmetic is read or refused by
+name.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ async def main(num_bytes: int) -> None:
         question = json.loads(line)
         if "fill" in question:
             arena[:] = np.random.default_rng(question["fill"]).integers(0, 256, num_bytes, np.uint8)
-        print(json.dumps(hashlib.sha256(arena).hexdigest()), flush=True)
+        print(json.dumps(hashlib.sha256(arena.tobytes()).hexdigest()), flush=True)
     transfer.close()
 
 

@@ -1,4 +1,4 @@
-"""Names of blocks: equal for equal inputs everywhere, different for anything that changes the bytes."""
+"""Names of blocks: equal for equal inputs, different for anything that changes the bytes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_no_full_block_has_no_key() -> None:
 
 @pytest.mark.parametrize("token", [-1, 2**32, 2**70])
 def test_tokens_outside_uint32_are_refused(token: int) -> None:
-    with pytest.raises(ValueError, match="token_ids: .*outside"):
+    with pytest.raises(ValueError, match=r"token_ids: .*outside"):
         block_keys(ROOT, [token, 1], 2)
 
 

@@ -50,10 +50,15 @@ class Child:
         return self._agent
 
     def ask(self, **question: int) -> str:
+        assert self.agent  # its line comes before all answers
         assert self.popen.stdin is not None
         self.popen.stdin.write(json.dumps(question) + "\n")
         self.popen.stdin.flush()
         return self._read()
+
+    def stop(self) -> None:
+        self.popen.send_signal(signal.SIGSTOP)
+        os.waitpid(self.popen.pid, os.WUNTRACED)
 
     def kill(self) -> None:
         self.popen.kill()
@@ -102,7 +107,7 @@ async def test_written_blocks_are_read_back(
     await transfer.write(child.agent.name, local, order * BLOCK, BLOCK, PATIENCE_S)
     there = np.empty_like(source).reshape(NUM_BLOCKS, BLOCK)
     there[order] = source.reshape(NUM_BLOCKS, BLOCK)
-    assert child.ask() == hashlib.sha256(there).hexdigest()
+    assert child.ask() == hashlib.sha256(there.tobytes()).hexdigest()
     arena[:] = 0
     await transfer.read(child.agent.name, local, order * BLOCK, BLOCK, PATIENCE_S)
     np.testing.assert_array_equal(arena, source)
@@ -176,12 +181,18 @@ async def test_a_killed_peer_ends_transfers_long_before_their_deadline(
         await transfer.read(name, [0], [0], BLOCK, PATIENCE_S)
 
 
+async def _connect_stopped(child: Child, transfer: NixlTransfer) -> None:
+    """Stops the child before the agents have met: once they have, CMA needs nothing of the peer."""
+    agent = child.agent
+    child.stop()
+    await transfer.connect(agent)
+
+
 async def test_a_hung_peer_times_out_and_settles_when_it_is_killed(
     child: Child, transfer: NixlTransfer
 ) -> None:
     late: list[asyncio.Future[None]] = []
-    await transfer.connect(child.agent)
-    child.popen.send_signal(signal.SIGSTOP)
+    await _connect_stopped(child, transfer)
     with pytest.raises(TransferTimeout) as caught:
         await transfer.read(child.agent.name, [0], [0], BLOCK, 0.2, late.append)
     assert late == [caught.value.settled]
@@ -195,9 +206,8 @@ async def test_a_hung_peer_times_out_and_settles_when_it_is_killed(
 async def test_a_hung_peer_that_wakes_settles_the_late_transfer(
     child: Child, transfer: NixlTransfer, arena: np.ndarray[Any, Any]
 ) -> None:
-    await transfer.connect(child.agent)
     child.ask(fill=4)
-    child.popen.send_signal(signal.SIGSTOP)
+    await _connect_stopped(child, transfer)
     with pytest.raises(TransferTimeout) as caught:
         await transfer.read(child.agent.name, [0], [0], BLOCK, 0.2)
     child.popen.send_signal(signal.SIGCONT)
@@ -206,8 +216,7 @@ async def test_a_hung_peer_that_wakes_settles_the_late_transfer(
 
 
 async def test_closing_settles_what_is_late(child: Child, transfer: NixlTransfer) -> None:
-    await transfer.connect(child.agent)
-    child.popen.send_signal(signal.SIGSTOP)
+    await _connect_stopped(child, transfer)
     with pytest.raises(TransferTimeout) as caught:
         await transfer.read(child.agent.name, [0], [0], BLOCK, 0.2)
     transfer.close()
@@ -217,8 +226,7 @@ async def test_closing_settles_what_is_late(child: Child, transfer: NixlTransfer
 
 
 async def test_disconnecting_settles_what_is_late(child: Child, transfer: NixlTransfer) -> None:
-    await transfer.connect(child.agent)
-    child.popen.send_signal(signal.SIGSTOP)
+    await _connect_stopped(child, transfer)
     with pytest.raises(TransferTimeout) as caught:
         await transfer.read(child.agent.name, [0], [0], BLOCK, 0.2)
     await transfer.disconnect(child.agent.name)

@@ -1,4 +1,4 @@
-"""Deadlines, cancellation and late transfers, over a backend that finishes when the test says so."""
+"""Deadlines, cancellation and late transfers, over a backend that finishes when a test says so."""
 
 from __future__ import annotations
 

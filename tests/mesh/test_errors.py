@@ -107,6 +107,16 @@ async def test_an_unknown_exception_is_internal_and_logged_once(
 
 
 @CALLS
+async def test_an_error_out_of_a_task_group_keeps_its_meaning(call: Any) -> None:
+    refused = errors.NotFound("no model", reason="NO_MODEL")
+    async with toy_server(failing(lambda: ExceptionGroup("tasks", [refused]))) as toy:
+        got = await failure(call, toy)
+    assert type(got) is errors.NotFound and got.reason == "NO_MODEL"
+    mixed = ExceptionGroup("tasks", [refused, KeyError("bug")])
+    assert type(errors.domain_error(mixed)) is errors.Internal
+
+
+@CALLS
 async def test_a_leaked_cancellation_still_ends_the_call(call: Any) -> None:
     async with toy_server(failing(asyncio.CancelledError)) as toy:
         got = await failure(call, toy)

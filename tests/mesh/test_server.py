@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from mesh.errors import Unavailable
 from mesh.process import StartupError
 from mesh.server import ServiceServer
 from protos import decode_pb2, gateway_pb2
@@ -27,6 +28,7 @@ from tests.support.toy_service import (
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 TIMEOUT_S = 20
+CANCELLED = grpc.StatusCode.CANCELLED
 NAMES = ("", "readiness", GENERATION, DECODE)
 
 
@@ -100,6 +102,48 @@ async def test_a_callers_disappearance_reaches_the_handler(kind: str) -> None:
     assert isinstance(error, asyncio.CancelledError)
 
 
+@KINDS
+@pytest.mark.parametrize("late", ["raises", "writes"])
+async def test_what_a_handler_does_after_its_caller_left_makes_no_noise(
+    kind: str, late: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    started, over = asyncio.Event(), asyncio.Event()
+
+    async def linger(context: Any, response: Any) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if late == "raises":
+                raise Unavailable("given up") from None
+            return response
+        finally:
+            over.set()
+
+    async def abort(request: Any, context: Any) -> Any:
+        return await linger(context, gateway_pb2.AbortResponse())
+
+    async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield gateway_pb2.GenerateResponse()
+        yield await linger(context, gateway_pb2.GenerateResponse())
+
+    async def session(requests: Any, context: Any) -> AsyncIterator[Any]:
+        yield decode_pb2.SessionResponse()
+        yield await linger(context, decode_pb2.SessionResponse())
+
+    hanging = Hanging()
+    async with toy_server(ToyServicer(abort, generate, session)) as toy:
+        with caplog.at_level(logging.INFO):
+            call = hanging.call(toy, kind)
+            if kind != "unary":
+                await call.read()
+            await asyncio.wait_for(started.wait(), TIMEOUT_S)
+            call.cancel()
+            await asyncio.wait_for(over.wait(), TIMEOUT_S)
+            await toy.server.stop(TIMEOUT_S)
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
+
+
 async def test_a_closed_stream_closes_the_handlers_generator() -> None:
     closed = asyncio.Event()
 
@@ -144,10 +188,27 @@ async def test_an_oversize_message_on_a_session_is_refused() -> None:
         assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def health(toy: ToyServer) -> Any:
+    return health_pb2_grpc.HealthStub(toy.channel)
+
+
+async def test_an_oversize_response_ends_the_call_with_both_sizes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield gateway_pb2.GenerateResponse(delta=gateway_pb2.Delta(text="x" * (65 * 2**20)))
+
+    async with toy_server(ToyServicer(generate=generate)) as toy:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            async for _ in toy.generation.Generate(gateway_pb2.GenerateRequest()):
+                pass
+    assert raised.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, raised.value.details()
+    assert "larger than max" in (raised.value.details() or "") and not caplog.records
+
+
 async def state(toy: ToyServer, name: str) -> int:
-    stub = health_pb2_grpc.HealthStub(toy.channel)
     request = health_pb2.HealthCheckRequest(service=name)
-    return (await stub.Check(request, timeout=TIMEOUT_S)).status
+    return (await health(toy).Check(request, timeout=TIMEOUT_S)).status
 
 
 async def test_alive_and_ready_are_told_apart() -> None:
@@ -166,8 +227,7 @@ async def test_alive_and_ready_are_told_apart() -> None:
 
 async def test_the_last_word_on_readiness_stays() -> None:
     async with toy_server(ToyServicer()) as toy:
-        stub = health_pb2_grpc.HealthStub(toy.channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest(service=""))
+        watch = health(toy).Watch(health_pb2.HealthCheckRequest(service=""))
         assert (await watch.read()).status == NOT_SERVING
         for ready in (True, False, True, False, True):
             toy.server.set_ready(ready)
@@ -179,19 +239,18 @@ async def test_the_last_word_on_readiness_stays() -> None:
 
 async def test_a_watch_hears_changes_and_does_not_hold_up_the_stop() -> None:
     async with toy_server(ToyServicer()) as toy:
-        stub = health_pb2_grpc.HealthStub(toy.channel)
-        watch = stub.Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=60)
+        watch = health(toy).Watch(health_pb2.HealthCheckRequest(service="readiness"), timeout=60)
         assert (await watch.read()).status == NOT_SERVING
         toy.server.set_ready(True)
         assert (await watch.read()).status == SERVING
         await asyncio.wait_for(toy.server.stop(TIMEOUT_S * 10), TIMEOUT_S)
         assert (await watch.read()).status == NOT_SERVING
-        assert await watch.read() is grpc.aio.EOF
+        assert not await watch.read(), "the stream ends"
 
 
 async def test_reflection_lists_every_service_and_its_file() -> None:
     async with toy_server(ToyServicer()) as toy:
-        stub = reflection_pb2_grpc.ServerReflectionStub(toy.channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(toy.channel)  # pyright: ignore[reportArgumentType]
         request_type = reflection_pb2.ServerReflectionRequest
         call = stub.ServerReflectionInfo(timeout=TIMEOUT_S)
         await call.write(request_type(list_services=""))
@@ -239,6 +298,3 @@ async def test_stop_ends_what_outlives_its_grace_with_a_status(kind: str) -> Non
         await asyncio.wait_for(toy.server.stop(0.05), TIMEOUT_S)
         assert await asyncio.wait_for(call.code(), TIMEOUT_S) is not grpc.StatusCode.OK
         assert isinstance(await hanging.ended, asyncio.CancelledError)
-
-
-CANCELLED = grpc.StatusCode.CANCELLED

@@ -65,9 +65,7 @@ def test_a_flag_beats_its_variable_and_the_variable_the_default() -> None:
 
 
 def test_opentelemetry_variables_keep_their_own_names() -> None:
-    settings = parse(
-        OTEL_EXPORTER_OTLP_ENDPOINT="http://c:4317", OTEL_METRIC_EXPORT_INTERVAL="250"
-    )
+    settings = parse(OTEL_EXPORTER_OTLP_ENDPOINT="http://c:4317", OTEL_METRIC_EXPORT_INTERVAL="250")
     assert settings.otlp_endpoint == "http://c:4317" and settings.otlp_interval_ms == 250
 
 
@@ -126,7 +124,13 @@ def test_help_groups_flags_and_shows_default_and_variable(
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("4096", 4096), ("256MiB", 256 * 2**20), ("2GB", 2 * 10**9), ("0.5 kib", 512), ("1TiB", 2**40)],
+    [
+        ("4096", 4096),
+        ("256MiB", 256 * 2**20),
+        ("2GB", 2 * 10**9),
+        ("0.5 kib", 512),
+        ("1TiB", 2**40),
+    ],
 )
 def test_sizes_read_as_written(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes

@@ -42,9 +42,11 @@ class ToyServicer(
         async for response in self.generate(request, context):
             yield response
 
-    async def Session(self, requests: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Session(  # noqa: N802
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[Any]:
         assert self.session is not None
-        async for response in self.session(requests, context):
+        async for response in self.session(request_iterator, context):
             yield response
 
 
@@ -71,9 +73,7 @@ async def toy_server(
     """Serves `servicer` on a free port for the length of a with block."""
     telemetry = telemetry or no_telemetry()
     server = ServiceServer(host="127.0.0.1", port=0, telemetry=telemetry, **options)
-    server.add(
-        gateway_pb2_grpc.add_GenerationServiceServicer_to_server, servicer, GENERATION
-    )
+    server.add(gateway_pb2_grpc.add_GenerationServiceServicer_to_server, servicer, GENERATION)
     server.add(decode_pb2_grpc.add_DecodeServiceServicer_to_server, servicer, DECODE)
     address = f"127.0.0.1:{await server.start()}"
     channel = open_channel(address, telemetry)

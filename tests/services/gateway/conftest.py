@@ -16,8 +16,8 @@ from protos import common_pb2, gateway_pb2, gateway_pb2_grpc
 from services.gateway.process import Gateway
 from services.gateway.settings import GatewaySettings
 from services.gateway.tokenizer import Tokenizer
+from tests.services.gateway.fake_decode import FakeDecode
 from tests.services.gateway.fake_mesh import (
-    FakeDecode,
     FakePrefill,
     FakeStore,
     write_byte_tokenizer,

@@ -1,4 +1,4 @@
-"""Incremental text equals the tokenizer's, for byte-level BPE and for sentencepiece-like tokenizers."""
+"""Incremental text equals the tokenizer's, for byte-level BPE and sentencepiece-like ones."""
 
 from __future__ import annotations
 

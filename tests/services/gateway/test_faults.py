@@ -1,42 +1,14 @@
-"""Peers that die, refuse or vanish, and clients that leave: every request ends, nothing is doubled."""
+"""Peers that die, refuse or fall silent: every request ends, no token is lost or doubled."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import pytest
 
-from protos import common_pb2, gateway_pb2
-from tests.services.gateway.fake_mesh import TAIL_KEY, as_text, expected_tokens
-
-PROMPT = b"It was a dark night"
-NUM_TOKENS = 40
-
-
-def request_for(num_tokens: int = NUM_TOKENS, request_id: str = "") -> gateway_pb2.GenerateRequest:
-    return gateway_pb2.GenerateRequest(
-        request_id=request_id,
-        text=PROMPT.decode(),
-        sampling=common_pb2.SamplingParams(seed=3),
-        stopping=common_pb2.StoppingParams(max_new_tokens=num_tokens),
-    )
-
-
-EXPECTED = expected_tokens(PROMPT, 3, NUM_TOKENS)
-
-
-async def read_deltas(responses: AsyncIterator[Any], num_tokens: int = 10**9) -> list[int]:
-    """Reads until at least num_tokens have come, or to the end."""
-    tokens: list[int] = []
-    async for response in responses:
-        if response.HasField("delta"):
-            tokens.extend(response.delta.token_ids)
-        if len(tokens) >= num_tokens:
-            break
-    return tokens
+from tests.services.gateway.fake_mesh import as_text
+from tests.services.gateway.streams import EXPECTED, NUM_TOKENS, read_deltas, request_for
 
 
 async def test_a_rank_that_dies_loses_and_doubles_no_token(make_rig: Any) -> None:
@@ -67,6 +39,35 @@ async def test_a_restarted_rank_takes_its_requests_back(make_rig: Any) -> None:
     tokens += await read_deltas(responses)
     assert tokens == EXPECTED
     assert len(rank.admits) == 2 and not rank.admits[1].HasField("handoff")
+
+
+async def test_a_silent_rank_is_given_up_and_its_requests_go_on(make_rig: Any) -> None:
+    rig = await make_rig(num_decode=2)
+    for rank in rig.decodes:
+        rank.pause_after_steps = 6
+    responses = aiter(rig.generation.Generate(request_for()))
+    tokens = await read_deltas(responses, 7)
+    silent, other = sorted(rig.decodes, key=lambda rank: -rank.num_steps)
+    other.pause_after_steps = 0
+    ranks = {rank.address: rank for rank in rig.gateway.router.decodes}
+    ranks[silent.address].lose("silent for too long")
+    assert tokens + await read_deltas(responses) == EXPECTED
+
+
+async def test_a_silent_prefill_is_given_up_and_another_takes_over(make_rig: Any) -> None:
+    rig = await make_rig(num_prefill=2)
+    for prefill in rig.prefills:
+        prefill.is_gated = True
+    answer = asyncio.ensure_future(rig.generate(request_for()))
+    arrivals = [asyncio.ensure_future(prefill.arrived.wait()) for prefill in rig.prefills]
+    await asyncio.wait(arrivals, return_when=asyncio.FIRST_COMPLETED)
+    silent, other = sorted(rig.prefills, key=lambda prefill: -prefill.num_calls)
+    other.gate.set()
+    known = {prefill.address: prefill for prefill in rig.gateway.router.prefills}
+    known[silent.address].lose("silent for too long")
+    assert (await answer).tokens[0] == EXPECTED
+    for arrival in arrivals:
+        arrival.cancel()
 
 
 async def test_no_rank_left_is_unavailable_after_a_bounded_wait(make_rig: Any) -> None:
@@ -109,112 +110,6 @@ async def test_a_rejected_admission_goes_to_another_rank(make_rig: Any) -> None:
     for _ in range(2):
         assert (await rig.generate(request_for())).tokens[0] == EXPECTED
     assert rig.decodes[0].admits
-
-
-async def test_a_client_that_leaves_ends_the_sequence_and_the_tail(make_rig: Any) -> None:
-    rig = await make_rig()
-    rank = rig.decodes[0]
-    rank.pause_after_steps, rank.num_pulled = 5, 0
-    call = rig.generation.Generate(request_for())
-    await read_deltas(call, 4)
-    call.cancel()
-    await rank.cancelled.wait()
-    await rig.stores[0].has_discarded.wait()
-    assert not rank.live and rig.stores[0].discarded == [TAIL_KEY]
-    await rig.gateway.registry._empty.wait()
-
-
-async def test_a_client_that_leaves_ends_the_prefill(make_rig: Any) -> None:
-    rig = await make_rig()
-    prefill = rig.prefills[0]
-    prefill.is_gated = True
-    call = rig.generation.Generate(request_for())
-    await prefill.arrived.wait()
-    call.cancel()
-    await prefill.ended.wait()
-    assert prefill.num_cancelled == 1
-    await rig.gateway.registry._empty.wait()
-
-
-async def test_a_deadline_ends_the_sequence(make_rig: Any) -> None:
-    rig = await make_rig()
-    rank = rig.decodes[0]
-    rank.pause_after_steps = 3
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        async for _ in rig.generation.Generate(request_for(), timeout=0.5):
-            pass
-    assert raised.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    await rank.cancelled.wait()
-    assert not rank.live
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-async def test_abort_finishes_with_usage(make_rig: Any, phase: str) -> None:
-    rig = await make_rig()
-    rank, prefill = rig.decodes[0], rig.prefills[0]
-    rank.pause_after_steps = 3
-    prefill.is_gated = phase == "prefill"
-    call = rig.generation.Generate(request_for(request_id="one"))
-    await (prefill.arrived if phase == "prefill" else rank.admitted).wait()
-    answer = await rig.generation.Abort(gateway_pb2.AbortRequest(request_id="one"))
-    assert answer.aborted
-    events = [response async for response in call]
-    assert events[0].HasField("prompt_info") and events[-1].HasField("usage")
-    assert events[-2].finished.reason == common_pb2.FINISH_REASON_ABORTED
-    await (prefill.ended if phase == "prefill" else rank.cancelled).wait()
-    again = await rig.generation.Abort(gateway_pb2.AbortRequest(request_id="one"))
-    assert not again.aborted
-
-
-async def test_a_live_id_cannot_be_used_twice(make_rig: Any) -> None:
-    rig = await make_rig()
-    rig.prefills[0].is_gated = True
-    call = rig.generation.Generate(request_for(request_id="same"))
-    await rig.prefills[0].arrived.wait()
-    error = await rig.refusal(request_for(request_id="same"))
-    assert error.code() == grpc.StatusCode.ALREADY_EXISTS
-    rig.prefills[0].gate.set()
-    assert len([r async for r in call if r.HasField("usage")]) == 1
-    assert (await rig.generate(request_for(request_id="same"))).usage is not None
-
-
-async def test_more_than_the_live_limit_is_refused(make_rig: Any) -> None:
-    rig = await make_rig(max_live_requests=1)
-    rig.prefills[0].is_gated = True
-    call = rig.generation.Generate(request_for())
-    await rig.prefills[0].arrived.wait()
-    error = await rig.refusal(request_for())
-    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    rig.prefills[0].gate.set()
-    assert len([r async for r in call if r.HasField("usage")]) == 1
-
-
-async def test_a_drain_finishes_live_requests_and_refuses_new_ones(make_rig: Any) -> None:
-    rig = await make_rig(drain_s=10.0)
-    prefill = rig.prefills[0]
-    prefill.is_gated = True
-    call = rig.generation.Generate(request_for())
-    await prefill.arrived.wait()
-    closing = asyncio.ensure_future(rig.gateway.registry.drain(10.0))
-    await asyncio.sleep(0)
-    error = await rig.refusal(request_for())
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
-    prefill.gate.set()
-    tokens = [t async for r in call if r.HasField("delta") for t in r.delta.token_ids]
-    assert tokens == EXPECTED
-    await closing
-
-
-async def test_a_drain_that_takes_too_long_ends_with_a_status(make_rig: Any) -> None:
-    rig = await make_rig()
-    rig.decodes[0].pause_after_steps = 4
-    responses = aiter(rig.generation.Generate(request_for()))
-    await read_deltas(responses, 3)
-    await rig.gateway.registry.drain(0.05)
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await read_deltas(responses)
-    assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
-    await rig.decodes[0].cancelled.wait()
 
 
 async def test_workers_of_different_fingerprints_are_never_paired(make_rig: Any) -> None:

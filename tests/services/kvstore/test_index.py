@@ -185,6 +185,15 @@ def test_lookup_refreshes_the_order_of_use() -> None:
     assert store.sealed("abc") == "ac"
 
 
+def test_the_end_of_a_looked_up_chain_goes_before_its_start() -> None:
+    store = Store(num_slots=2)
+    store.put("a")
+    store.put("b")
+    store.release(store.lookup("ab")[0])
+    assert store.index.evict(1) == 1
+    assert store.sealed("ab") == "a"
+
+
 def test_a_full_store_of_leased_blocks_refuses() -> None:
     store = Store(num_slots=2)
     store.put("ab")

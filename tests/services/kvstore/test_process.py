@@ -58,4 +58,4 @@ def test_it_serves_and_drains() -> None:
     finally:
         process.kill()
         process.wait()
-        process.stdout.close()
+        process.stdout.close()  # pyright: ignore[reportOptionalMemberAccess]

@@ -1,0 +1,332 @@
+"""Stores, clients and memory in one process, joined by a transfer that copies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from kv.errors import PeerVersionMismatch, TransferError, TransferTimeout
+from kv.transfer import Agent, OnLate
+from mesh.errors import FailedPrecondition
+from mesh.kvstore_client import KvStoreClient, PullResult
+from mesh.kvstore_shard import agent_to_wire
+from mesh.server import ServiceServer
+from mesh.telemetry import Telemetry
+from protos import kvstore_pb2, kvstore_pb2_grpc
+
+BLOCK = 128
+NUM_BLOCKS = 64
+PATIENCE_S = 20.0
+Settled = asyncio.Future[None]
+
+
+class Network:
+    """Arenas by agent name, and what is wrong with the wires."""
+
+    def __init__(self) -> None:
+        self.arenas: dict[str, np.ndarray[Any, Any]] = {}
+        self.fails = False
+        self.hangs = False
+        self.late: list[Settled] = []
+        self.started = asyncio.Event()
+        self.num_moved = 0
+
+
+class CopyTransfer:
+    """A Transfer whose bytes move by memcpy."""
+
+    def __init__(self, network: Network, name: str, num_blocks: int, version: str = "1") -> None:
+        self.network = network
+        self.arena = np.zeros(num_blocks * BLOCK, dtype=np.uint8)
+        network.arenas[name] = self.arena
+        self.peers: set[str] = set()
+        self.agent = Agent(
+            name=name,
+            nixl_version=version,
+            metadata=b"",
+            arena_address=0,
+            arena_num_bytes=num_blocks * BLOCK,
+            incarnation=name,
+            host_id="here",
+        )
+
+    async def connect(self, agent: Agent) -> None:
+        if agent.nixl_version != self.agent.nixl_version:
+            raise PeerVersionMismatch(
+                agent.name, ours=self.agent.nixl_version, theirs=agent.nixl_version
+            )
+        self.peers.add(agent.name)
+
+    async def disconnect(self, name: str) -> None:
+        self.peers.discard(name)
+
+    async def read(
+        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
+    ) -> None:
+        await self._wire(peer, deadline_s, on_late)
+        theirs = self.network.arenas[peer]
+        for to, origin in zip(local, remote, strict=True):
+            self.arena[to : to + num_bytes] = theirs[origin : origin + num_bytes]
+        self.network.num_moved += len(local)
+
+    async def write(
+        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
+    ) -> None:
+        await self._wire(peer, deadline_s, on_late)
+        theirs = self.network.arenas[peer]
+        for origin, to in zip(local, remote, strict=True):
+            theirs[to : to + num_bytes] = self.arena[origin : origin + num_bytes]
+        self.network.num_moved += len(local)
+
+    def close(self) -> None:
+        pass
+
+    async def _wire(self, peer: str, deadline_s: float, on_late: OnLate) -> None:
+        assert peer in self.peers
+        self.network.started.set()
+        if self.network.fails:
+            raise TransferError(peer, "the wire is cut")
+        if not self.network.hangs:
+            return
+        settled: Settled = asyncio.get_running_loop().create_future()
+        self.network.late.append(settled)
+        try:
+            await asyncio.wait_for(asyncio.Event().wait(), deadline_s)
+        except TimeoutError as error:
+            on_late(settled)
+            raise TransferTimeout(peer, "hangs", settled) from error
+        except asyncio.CancelledError:
+            on_late(settled)
+            raise
+
+
+class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
+    """As much of a store as the client can tell apart."""
+
+    def __init__(self, transfer: Any, capacity: int = NUM_BLOCKS) -> None:
+        self.transfer = transfer
+        self.capacity = capacity
+        self.connected: set[str] = set()
+        self.sealed: dict[bytes, tuple[int, int]] = {}
+        self.private: set[bytes] = set()
+        self.reserved: dict[int, tuple[bytes, int, bool]] = {}
+        self.leases: dict[int, list[bytes]] = {}
+        self.corrupt: list[bytes] = []
+        self.num_keys_asked: list[int] = []
+        self.num_leases = 0
+        self.expires = False
+        self.gate: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+        self._next = 1
+        self._free = list(range(NUM_BLOCKS))
+
+    async def Connect(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.connected.add(request.agent.incarnation)
+        return kvstore_pb2.ConnectResponse(agent=agent_to_wire(self.transfer.agent))
+
+    async def Reserve(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._enter(request)
+        answer = kvstore_pb2.ReserveResponse()
+        taken = {key for key, _, _ in self.reserved.values()}
+        for key in request.keys:
+            outcome = kvstore_pb2.Reservation
+            if key in self.sealed:
+                answer.reservations.add(outcome=outcome.OUTCOME_ALREADY_SEALED)
+            elif key in taken:
+                answer.reservations.add(outcome=outcome.OUTCOME_ALREADY_RESERVED)
+            elif len(self.sealed) + len(self.reserved) >= self.capacity:
+                answer.reservations.add(outcome=outcome.OUTCOME_FULL)
+            else:
+                slot, self._next = self._free.pop(), self._next + 1
+                self.reserved[self._next] = (key, slot, request.is_private)
+                answer.reservations.add(
+                    outcome=outcome.OUTCOME_RESERVED,
+                    reservation_id=self._next,
+                    slot=kvstore_pb2.Slot(offset=slot * BLOCK, num_bytes=request.num_bytes),
+                )
+        return answer
+
+    async def Seal(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._enter(request)
+        answer = kvstore_pb2.SealResponse()
+        for reservation_id, digest in zip(request.reservation_ids, request.digests, strict=True):
+            entry = None if self.expires else self.reserved.pop(reservation_id, None)
+            answer.sealed.append(entry is not None)
+            if entry is not None:
+                self.sealed[entry[0]] = (entry[1], digest)
+                if entry[2]:
+                    self.private.add(entry[0])
+        return answer
+
+    async def Acknowledge(self, request: Any, context: Any) -> Any:  # noqa: N802
+        freed = [self.reserved.pop(i) for i in request.reservation_ids if i in self.reserved]
+        self._free += [slot for _, slot, _ in freed]
+        return kvstore_pb2.AcknowledgeResponse(num_freed=len(freed))
+
+    async def Lookup(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.num_keys_asked.append(len(request.keys))
+        await self._enter(request)
+        found: list[bytes] = []
+        for key in request.keys:
+            if key not in self.sealed:
+                break
+            found.append(key)
+        if not found:
+            return kvstore_pb2.LookupResponse()
+        self._next += 1
+        self.num_leases += 1
+        self.leases[self._next] = found
+        answer = kvstore_pb2.LookupResponse(lease_id=self._next)
+        for key in found:
+            slot, digest = self.sealed[key]
+            answer.blocks.add(
+                slot=kvstore_pb2.Slot(offset=slot * BLOCK, num_bytes=BLOCK), digest=digest
+            )
+        return answer
+
+    async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.corrupt += request.corrupt_keys
+        lent = self.leases.pop(request.lease_id, None)
+        self._drop([*request.corrupt_keys, *(k for k in lent or () if k in self.private)])
+        outcome = kvstore_pb2.ReleaseResponse
+        held = lent is not None and not self.expires
+        return outcome(outcome=outcome.OUTCOME_HELD if held else outcome.OUTCOME_EXPIRED)
+
+    async def Discard(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._drop([key for key in request.keys if key in self.private])
+        return kvstore_pb2.DiscardResponse()
+
+    def _drop(self, keys: list[bytes]) -> None:
+        for key in keys:
+            if key in self.sealed:
+                self._free.append(self.sealed.pop(key)[0])
+                self.private.discard(key)
+
+    async def _enter(self, request: Any) -> None:
+        if request.incarnation not in self.connected:
+            raise FailedPrecondition("who are you", reason="UNKNOWN_INCARNATION")
+        self.asked.set()
+        if self.gate is not None:
+            await self.gate.wait()
+
+
+class Mesh:
+    """A client of some stores, and what it told us."""
+
+    def __init__(self) -> None:
+        self.network = Network()
+        self.worker: Any = CopyTransfer(self.network, "worker", NUM_BLOCKS)
+        self.stores: list[Store] = []
+        self.held: list[tuple[list[int], Settled]] = []
+        self.reader = InMemoryMetricReader()
+        meters = MeterProvider([self.reader], shutdown_on_exit=False)
+        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"))
+        self._servers: dict[str, ServiceServer] = {}
+        self._clients: list[KvStoreClient] = []
+
+    async def serve(self, store: Store, port: int = 0) -> str:
+        quiet = Telemetry.start(role="kvstore", incarnation="s", endpoint=None)
+        server = ServiceServer(host="127.0.0.1", port=port, telemetry=quiet)
+        register = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+        server.add(register, store, "kvmesh.v1.KvStoreService")
+        address = f"127.0.0.1:{await server.start()}"
+        self._servers[address] = server
+        self.stores.append(store)
+        return address
+
+    async def stop(self, address: str) -> None:
+        await self._servers.pop(address).stop(0)
+
+    async def client(self, *addresses: str) -> KvStoreClient:
+        client = KvStoreClient(
+            addresses=list(addresses),
+            transfer=self.worker,
+            block_num_bytes=BLOCK,
+            incarnation=self.worker.agent.incarnation,
+            digest=self.digest,
+            telemetry=self.telemetry,
+        )
+        await client.start()
+        self._clients.append(client)
+        return client
+
+    async def started(self, num_stores: int = 1, **kwargs: Any) -> KvStoreClient:
+        addresses = [
+            await self.serve(Store(CopyTransfer(self.network, f"store-{i}", NUM_BLOCKS), **kwargs))
+            for i in range(num_stores)
+        ]
+        client = await self.client(*addresses)
+        assert await client.until_up(PATIENCE_S)
+        return client
+
+    async def digest(self, block_ids: list[int]) -> list[int]:
+        return [_digest(self.block(block_id)) for block_id in block_ids]
+
+    def block(self, block_id: int) -> np.ndarray[Any, Any]:
+        return self.worker.arena[block_id * BLOCK : (block_id + 1) * BLOCK]
+
+    def fill(self, num: int) -> bytes:
+        """Random bytes into blocks 0..num; returns them and clears nothing."""
+        data = np.random.default_rng(num).integers(0, 256, num * BLOCK, np.uint8)
+        self.worker.arena[: num * BLOCK] = data
+        return data.tobytes()
+
+    def hold(self, block_ids: list[int], settled: Settled) -> None:
+        self.held.append((block_ids, settled))
+
+    async def pull(self, client: KvStoreClient, keys: list[bytes], first: int = 32) -> PullResult:
+        """Pulls into blocks first, first + 1, ..."""
+        blocks = list(range(first, first + len(keys)))
+        return await client.pull(keys, blocks, deadline_s=PATIENCE_S, hold=self.hold)
+
+    def count(self, name: str) -> dict[str, float]:
+        """Sum of a counter by its one attribute."""
+        totals: dict[str, float] = {}
+        data = self.reader.get_metrics_data()
+        for resource in data.resource_metrics if data else ():
+            for metric in (m for scope in resource.scope_metrics for m in scope.metrics):
+                if metric.name == name:
+                    for point in metric.data.data_points:
+                        (label,) = (point.attributes or {}).values()
+                        value = getattr(point, "value", None) or getattr(point, "sum", 0)
+                        totals[str(label)] = totals.get(str(label), 0) + value
+        return totals
+
+    async def close(self) -> None:
+        """Closing the clients also waits for their releases and acknowledgements."""
+        for settled in self.network.late:
+            if not settled.done():
+                settled.set_result(None)
+        for client in self._clients:
+            await client.close()
+        self._clients = []
+        for address in list(self._servers):
+            await self.stop(address)
+        assert all(not store.leases and not store.reserved for store in self.stores)
+
+
+def _digest(data: np.ndarray[Any, Any]) -> int:
+    return int.from_bytes(hashlib.blake2b(data.tobytes(), digest_size=8).digest(), "little")
+
+
+def _keys(num: int) -> list[bytes]:
+    return [hashlib.sha256(str(i).encode()).digest() for i in range(num)]
+
+
+@pytest.fixture
+async def mesh() -> AsyncIterator[Mesh]:
+    made = Mesh()
+    yield made
+    await made.close()
+
+
+async def _publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:
+    return await client.publish(keys, list(range(len(keys))), deadline_s=PATIENCE_S, **kwargs)
