@@ -141,6 +141,8 @@ class Session:
                     get_s=time.monotonic() - started_at,
                 )
                 self._has_pending.set()
+                if not request.sequences:  # all ended or were cancelled while the last was placed
+                    self._requests.pop(admit.handle, None)
             except KvmeshError as error:
                 self._cancel(admit.handle, None)
                 self._reject(admit.handle, error.code, str(error))

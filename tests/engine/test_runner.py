@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.decoder import Batch
 from engine.plan import Chunk, SampleRequest, SamplingParams
 from engine.runner import ModelRunner
 from tests.support.reference import greedy_tokens
@@ -39,8 +40,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def hidden_states(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
-    """[num_tokens, hidden_size] of one step, chunk after chunk."""
-    return torch.cat(runner.hidden_states(chunks))  # pyright: ignore[reportAttributeAccessIssue]
+    """[num_tokens, hidden_size] of one step."""
+    with torch.inference_mode():
+        batch: Batch = runner._batch(chunks)
+        return runner._decoder.forward(batch, runner.cache.blocks)
 
 
 def chunk(tokens: list[int], start: int, blocks: list[int]) -> Chunk:

@@ -46,6 +46,8 @@ class FakeGateway(
         self, request: gateway_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[gateway_pb2.GenerateResponse]:
         self.requests.append(request)
+        if request.text == "hang":
+            context.add_callback(self.is_abandoned.set)
         if request.text == "fail:temperature":
             context.abort_with_status(
                 to_rpc_status(invalid("sampling.temperature", "3 is above 2"))
@@ -60,8 +62,6 @@ class FakeGateway(
         for index, word in enumerate(words):
             yield _delta(request, index, word if index == 0 else f" {word}")
             if request.text == "hang":
-                if not context.add_callback(self.is_abandoned.set):
-                    self.is_abandoned.set()
                 self.is_abandoned.wait(30)
                 return
         yield _finished(request)

@@ -27,9 +27,13 @@ def test_a_missing_transport_fails_and_a_slow_one_warns() -> None:
     assert doctor.check_cma(lambda: "Operation not permitted").state is State.WARN
 
 
-def test_bandwidth_figures_are_flattened() -> None:
-    check = doctor.check_bandwidth({"read": {"gb_per_s": 6.54321}, "nixl": "1.5.1"})
-    assert check.detail == "read.gb_per_s 6.54, nixl 1.5.1"
+def test_the_best_bandwidth_is_reported() -> None:
+    slow = {"num_blocks": 1, "block_num_bytes": 4096}
+    slow |= {"read_gb_per_s": 0.1, "write_gb_per_s": 0.1, "memcpy_gb_per_s": 1.0}
+    fast = {"num_blocks": 64, "block_num_bytes": 2**20}
+    fast |= {"read_gb_per_s": 6.54, "write_gb_per_s": 5.0, "memcpy_gb_per_s": 9.96}
+    check = doctor.check_bandwidth({"rows": [slow, fast]})
+    assert check.detail == "READ 6.5, WRITE 5.0, memcpy 10.0 GB/s (64 blocks of 1 MiB)"
 
 
 def test_a_crashing_probe_is_a_finding() -> None:

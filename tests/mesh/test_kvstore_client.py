@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,13 @@ from tests.support.store_bench import (
     _keys,
     _publish,
 )
+
+
+@pytest.fixture
+async def mesh() -> AsyncIterator[Mesh]:
+    made = Mesh()
+    yield made
+    await made.close()
 
 
 @pytest.mark.parametrize("num_stores", [1, 3])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
-import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -319,13 +317,6 @@ def _digest(data: np.ndarray[Any, Any]) -> int:
 
 def _keys(num: int) -> list[bytes]:
     return [hashlib.sha256(str(i).encode()).digest() for i in range(num)]
-
-
-@pytest.fixture
-async def mesh() -> AsyncIterator[Mesh]:
-    made = Mesh()
-    yield made
-    await made.close()
 
 
 async def _publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:
