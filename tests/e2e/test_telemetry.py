@@ -1,0 +1,53 @@
+"""One trace per request over four processes, and decode-step metrics, at an OTLP receiver."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from tests.support.generate import generate, greedy_request
+from tests.support.mesh import running_mesh
+from tests.support.otlp_receiver import OtlpReceiver
+
+PROCESSES = {"kvmesh-gateway", "kvmesh-prefill", "kvmesh-decode", "kvmesh-kvstore"}
+
+
+def test_a_request_is_one_trace_over_four_processes(tiny_model: Path) -> None:
+    receiver = OtlpReceiver()
+    env = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.start(),
+        "OTEL_METRIC_EXPORT_INTERVAL": "200",
+    }
+
+    def services_of(name: str) -> set[str]:
+        traces = {span.trace_id for span in receiver.spans if span.name == name}
+        return {span.service for span in receiver.spans if span.trace_id in traces}
+
+    def is_whole() -> bool:
+        return services_of("kv.put") >= PROCESSES and services_of("kv.get") >= PROCESSES
+
+    try:
+        with running_mesh(tiny_model, env=env) as mesh:
+            generate(mesh, greedy_request(list(range(100)), 8))
+            receiver.wait_until(is_whole, 20)
+            both = {s.trace_id for s in receiver.spans if s.name == "kv.put"}
+            assert both & {s.trace_id for s in receiver.spans if s.name == "kv.get"}
+            receiver.wait_until(
+                lambda: bool(receiver.metric_points("kvmesh.decode.step.tokens")), 20
+            )
+            point = receiver.metric_points("kvmesh.decode.step.tokens")[-1]
+            assert point.service == "kvmesh-decode" and point.sum == 7
+    finally:
+        receiver.close()
+
+
+def test_a_dead_collector_changes_nothing(tiny_model: Path) -> None:
+    request = greedy_request(list(range(100)), 12)
+    with running_mesh(tiny_model) as mesh:
+        expected = generate(mesh, request).tokens
+    with socket.socket() as black_hole:  # accepts connections, never answers
+        black_hole.bind(("127.0.0.1", 0))
+        black_hole.listen()
+        endpoint = f"http://127.0.0.1:{black_hole.getsockname()[1]}"
+        with running_mesh(tiny_model, env={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}) as mesh:
+            assert generate(mesh, request).tokens == expected
