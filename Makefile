@@ -20,7 +20,7 @@ help:
 	@echo "make run     setup, then a mesh on $(MODEL) until Ctrl-C"
 	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
-	@echo "make bench   setup, then a mesh under load for half a minute"
+	@echo "make bench   setup, then a short load test of a mesh of its own"
 	@echo "make clean   removes the environment, stubs and caches"
 
 setup: $(INSTALLED) $(STUBS)
@@ -42,11 +42,12 @@ $(STUBS): $(PROTOS) $(INSTALLED)
 	@$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. $(PROTOS)
 	@touch $@
 
-# On a terminal kvmesh gets its own foreground process group (set -m): Ctrl-C then reaches kvmesh,
-# which drains and exits 0, and not make, which would report an error.
+# On a terminal kvmesh gets its own foreground process group (set -m; without the exit the shell would
+# become kvmesh instead): Ctrl-C then reaches kvmesh, which drains and exits 0, and not make, which
+# would report an error.
 run: setup
 	@if [ -t 0 ]; then set -m; fi; \
-	    $(BIN)/kvmesh up --model $(MODEL) --sample "$(SAMPLE)"
+	    $(BIN)/kvmesh up --model $(MODEL) --sample "$(SAMPLE)"; exit $$?
 
 test: setup
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)

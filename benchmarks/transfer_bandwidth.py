@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -140,7 +141,7 @@ async def median_s(move: Callable[[], Awaitable[None]], repeats: int) -> float:
     return statistics.median(durations)
 
 
-def report(rows: list[dict[str, Any]], out: Path | None, repeats: int) -> None:
+def report(rows: list[dict[str, Any]], out: Path | None, repeats: int, nixl: str) -> None:
     """Prints the table; writes the JSON when a path is given."""
     print(f"{'block':>10} {'count':>6} {'memcpy GB/s':>12} {'READ GB/s':>10} {'WRITE GB/s':>11}")
     for row in rows:
@@ -157,6 +158,8 @@ def report(rows: list[dict[str, Any]], out: Path | None, repeats: int) -> None:
         "machine": f"{platform.machine()}, {cpu_name()}",
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "nixl": nixl,
+        "load_average_1min": round(os.getloadavg()[0], 1),
         "repeats": repeats,
         "rows": rows,
     }
@@ -186,7 +189,7 @@ def main() -> None:
     child, agent = start_owner(arguments.arena_mib << 20)
     with child:
         rows = asyncio.run(measure(agent, arguments.repeats))
-    report(rows, arguments.out, arguments.repeats)
+    report(rows, arguments.out, arguments.repeats, agent.nixl_version)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,7 @@ class NixlTransfer(ThreadTransfer):
         RuntimeError: NIXL is missing or has no UCX backend.
         """
         nixl, nixl_version = _load({**_ENVIRONMENT, **(environment or {})})
-        host = socket.gethostname()
-        name = f"{role}-{host}-{os.getpid()}-{uuid.uuid4().hex}"
+        name = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         backend = _NixlBackend(nixl, arena, device_id)
 
         def make() -> _NixlBackend:

@@ -19,13 +19,10 @@ JIT_LINES = 120
 # "path" or "path:function" to the reason why the soft limit does not fit.
 EXCEPTIONS: dict[str, str] = {
     "engine/engine.py": "one loop and its books; its thread helpers move out with the CUDA graphs",
-    "kv/nixl_transfer.py:create": "the order of environment, agent and registration is the point",
     "mesh/instruments.py:declare": "a table: one line an instrument",
     "services/worker.py": "construction of both workers in one place",
     "tests/engine/test_engine.py": "one subject",
     "tests/engine/test_engine.py:_random_life": "one script of a random life",
-    "tests/mesh/test_kvstore_client.py": "one subject",
-    "tests/support/store_bench.py": "a store, a client and a transport that fit together",
 }
 
 

@@ -1,4 +1,4 @@
-"""Stores, clients and memory in one process, joined by a transfer that copies."""
+"""A small store over real gRPC and a client of it, for tests of the store client."""
 
 from __future__ import annotations
 
@@ -11,99 +11,16 @@ from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from kv.errors import PeerVersionMismatch, TransferError, TransferTimeout
-from kv.transfer import Agent, OnLate
 from mesh.errors import FailedPrecondition
 from mesh.kvstore_client import KvStoreClient, PullResult
 from mesh.kvstore_shard import agent_to_wire
 from mesh.server import ServiceServer
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2, kvstore_pb2_grpc
+from tests.mesh.fake_transfer import BLOCK, CopyTransfer, Network, Settled
 
-BLOCK = 128
 NUM_BLOCKS = 64
 PATIENCE_S = 20.0
-Settled = asyncio.Future[None]
-
-
-class Network:
-    """Arenas by agent name, and what is wrong with the wires."""
-
-    def __init__(self) -> None:
-        self.arenas: dict[str, np.ndarray[Any, Any]] = {}
-        self.fails = False
-        self.hangs = False
-        self.late: list[Settled] = []
-        self.started = asyncio.Event()
-        self.num_moved = 0
-
-
-class CopyTransfer:
-    """A Transfer whose bytes move by memcpy."""
-
-    def __init__(self, network: Network, name: str, num_blocks: int, version: str = "1") -> None:
-        self.network = network
-        self.arena = np.zeros(num_blocks * BLOCK, dtype=np.uint8)
-        network.arenas[name] = self.arena
-        self.peers: set[str] = set()
-        self.agent = Agent(
-            name=name,
-            nixl_version=version,
-            metadata=b"",
-            arena_address=0,
-            arena_num_bytes=num_blocks * BLOCK,
-            incarnation=name,
-            host_id="here",
-        )
-
-    async def connect(self, agent: Agent) -> None:
-        if agent.nixl_version != self.agent.nixl_version:
-            raise PeerVersionMismatch(
-                agent.name, ours=self.agent.nixl_version, theirs=agent.nixl_version
-            )
-        self.peers.add(agent.name)
-
-    async def disconnect(self, name: str) -> None:
-        self.peers.discard(name)
-
-    async def read(
-        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
-    ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for to, origin in zip(local, remote, strict=True):
-            self.arena[to : to + num_bytes] = theirs[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
-
-    async def write(
-        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
-    ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for origin, to in zip(local, remote, strict=True):
-            theirs[to : to + num_bytes] = self.arena[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
-
-    def close(self) -> None:
-        pass
-
-    async def _wire(self, peer: str, deadline_s: float, on_late: OnLate) -> None:
-        assert peer in self.peers
-        self.network.started.set()
-        if self.network.fails:
-            raise TransferError(peer, "the wire is cut")
-        if not self.network.hangs:
-            return
-        settled: Settled = asyncio.get_running_loop().create_future()
-        self.network.late.append(settled)
-        try:
-            await asyncio.wait_for(asyncio.Event().wait(), deadline_s)
-        except TimeoutError as error:
-            on_late(settled)
-            raise TransferTimeout(peer, "hangs", settled) from error
-        except asyncio.CancelledError:
-            on_late(settled)
-            raise
 
 
 class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -266,7 +183,7 @@ class Mesh:
         return client
 
     async def digest(self, block_ids: list[int]) -> list[int]:
-        return [_digest(self.block(block_id)) for block_id in block_ids]
+        return [digest_of(self.block(block_id)) for block_id in block_ids]
 
     def block(self, block_id: int) -> np.ndarray[Any, Any]:
         return self.worker.arena[block_id * BLOCK : (block_id + 1) * BLOCK]
@@ -311,13 +228,13 @@ class Mesh:
         assert all(not store.leases and not store.reserved for store in self.stores)
 
 
-def _digest(data: np.ndarray[Any, Any]) -> int:
+def digest_of(data: np.ndarray[Any, Any]) -> int:
     return int.from_bytes(hashlib.blake2b(data.tobytes(), digest_size=8).digest(), "little")
 
 
-def _keys(num: int) -> list[bytes]:
+def keys_of(num: int) -> list[bytes]:
     return [hashlib.sha256(str(i).encode()).digest() for i in range(num)]
 
 
-async def _publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:
+async def publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:
     return await client.publish(keys, list(range(len(keys))), deadline_s=PATIENCE_S, **kwargs)
