@@ -68,7 +68,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, default=DEMO_MODEL, help="directory in Hugging Face layout"
     )
     model.add_argument("--model-name", default="", help="public name; default: the directory's")
-    model.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the workers")
+    model.add_argument(
+        "--device", choices=("cpu",), default="cpu", help="of the workers; cuda comes later"
+    )
     model.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16"),

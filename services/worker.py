@@ -56,6 +56,13 @@ class WorkerSettings(ServiceSettings):
         512, group="scheduling", help="most prompt tokens computed per step", minimum=16
     )
 
+    def __post_init__(self) -> None:
+        """ValueError for what this version cannot do."""
+        if self.device == "cuda":
+            raise ValueError(
+                "device cuda: not yet; blocks move between host memories only, use cpu"
+            )
+
 
 class Worker:
     """Model, engine, NIXL agent and store client of one worker process.

@@ -50,7 +50,10 @@ class KvStore:
         )
         self._callers = CallerTable(clock=time.monotonic)
         self._telemetry = Telemetry.start(
-            role=ROLE, incarnation=self._incarnation, endpoint=settings.otlp_endpoint
+            role=ROLE,
+            incarnation=self._incarnation,
+            endpoint=settings.otlp_endpoint,
+            interval_ms=settings.otlp_interval_ms,
         )
         self._telemetry.observe_blocks(self._observe_blocks)
         self._address = ""
