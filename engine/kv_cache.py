@@ -1,5 +1,6 @@
-"""The worker's paged KV memory: one page-aligned arena in the block layout, registered with NIXL
-by others.
+"""The worker's paged KV memory: one page-aligned arena in the block layout.
+
+Owns the bytes. Never knows whose blocks they are, and never registers the arena with NIXL.
 """
 
 from __future__ import annotations
@@ -13,18 +14,29 @@ from kv.layout import BlockLayout
 
 
 class KvCache:
-    """`num_blocks` blocks of `layout`; `blocks` is [num_blocks, *layout.shape]."""
+    """`num_blocks` blocks of `layout`, all zeros at first.
+
+    storage: [num_bytes] uint8; blocks: [num_blocks, *layout.shape] of dtype, a view of it.
+    """
 
     def __init__(
-        self, layout: BlockLayout, num_blocks: int, device: torch.device, dtype: torch.dtype
+        self,
+        layout: BlockLayout,
+        num_blocks: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks: {num_blocks}; at least 1")
+        if dtype.itemsize != layout.dtype_num_bytes:
+            raise ValueError(f"dtype: {dtype}; layout has {layout.dtype_num_bytes} bytes a value")
         self.layout = layout
         self.num_blocks = num_blocks
         self.dtype = dtype
         self.num_bytes = num_blocks * layout.num_bytes
-        if device.type == "cpu":
-            self._memory = mmap.mmap(-1, self.num_bytes)
-            self.storage = torch.frombuffer(self._memory, dtype=torch.uint8)
+        if torch.device(device).type == "cpu":
+            # Anonymous pages are aligned and zero, and cost nothing until they are used.
+            self.storage = torch.frombuffer(mmap.mmap(-1, self.num_bytes), dtype=torch.uint8)
         else:
             self.storage = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
         self.blocks = self.storage.view(dtype).view(num_blocks, *layout.shape)
@@ -36,15 +48,21 @@ class KvCache:
         return self.storage.data_ptr()
 
     def digest(self, block_ids: list[int]) -> list[int]:
-        """64-bit digest of each block's bytes."""
+        """64-bit digest of each block's bytes, unsigned; see kernels/block_digest.py."""
         return [ops.block_digest(self._rows[block : block + 1])[0] for block in block_ids]
 
     def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
-        """Copies whole blocks, sources[i] to targets[i]."""
-        self._rows[targets] = self._rows[sources]
+        """Copies whole blocks, sources[i] to targets[i]; lists of equal length."""
+        if len(sources) != len(targets):
+            raise ValueError(f"sources: {len(sources)} blocks for {len(targets)} targets")
+        for source, target in zip(sources, targets, strict=True):
+            self._rows[target].copy_(self._rows[source])
+
+    def zero_blocks(self, block_ids: list[int]) -> None:
+        """Clears blocks that a sequence begins to fill, whatever a former owner left in them."""
+        for block in block_ids:
+            self._rows[block].zero_()
 
     def zero_block_tail(self, block: int, num_tokens: int) -> None:
-        """Clears the slots after the first num_tokens: no stale KV leaves with a partly filled
-        block.
-        """
+        """Clears the slots after the first num_tokens: a partial block leaves without old KV."""
         self.blocks[block, :, :, :, num_tokens:] = 0

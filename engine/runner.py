@@ -14,17 +14,21 @@ from engine.config import ModelConfig
 from engine.decoder import Batch, Decoder
 from engine.errors import ModelError
 from engine.kv_cache import KvCache
-from engine.plan import Chunk, ChunkResult
+from engine.plan import Chunk, ChunkResult, PositionLogprobs
 from engine.sampler import Sampler
 from engine.weights import load_weights
 from kernels import ops
 from kv.layout import BlockLayout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Rows of logits at a time for prompt_logprobs: [rows, vocab_size] fp32 stays small.
+_LOGPROB_ROWS = 64
+# fp32 values of KV that one group of decoding sequences reads at a time (8 MiB).
+_GROUP_SIZE = 2 << 20
 
 
 class ModelRunner:
-    """Decoder + cache + sampler."""
+    """Decoder + cache + sampler; `context_len` is what model and cache can hold, in tokens."""
 
     def __init__(
         self, config: ModelConfig, decoder: Decoder, cache: KvCache, sampler: Sampler
@@ -36,6 +40,13 @@ class ModelRunner:
         self._decoder = decoder
         self._sampler = sampler
         self._device = cache.storage.device
+        self._num_query_heads = config.num_heads // config.num_kv_heads
+        self._wide_rows = ops.exact_rows(
+            self._num_query_heads, config.head_dim, self.layout.block_tokens, self._device
+        )
+        # Pages of the group at work, never more than _GROUP_SIZE or one sequence needs.
+        size = max(_GROUP_SIZE, ops.scratch_size(1, cache.num_blocks, cache.blocks))
+        self._scratch = torch.empty(size, dtype=torch.float32, device=self._device)
 
     @classmethod
     def load(
@@ -44,11 +55,17 @@ class ModelRunner:
         *,
         device: str,
         dtype: str,
-        kv_bytes: int,
-        block_tokens: int,
-        progress: Callable[[str], None],
+        block_tokens: int = 64,
+        kv_bytes: int | None = None,
+        num_blocks: int | None = None,
+        progress: Callable[[str], None] = lambda line: None,
     ) -> ModelRunner:
-        """Loads a model directory; ModelError or ValueError says what does not fit."""
+        """Loads a model directory; ModelError or ValueError says what does not fit.
+
+        Either kv_bytes or num_blocks sizes the cache; progress gets a line per step of loading.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: {dtype!r}; one of {sorted(DTYPES)}")
         config = ModelConfig.load(model_dir)
         target, kind = torch.device(device), DTYPES[dtype]
         layout = BlockLayout(
@@ -58,54 +75,82 @@ class ModelRunner:
             head_dim=config.head_dim,
             dtype_num_bytes=kind.itemsize,
         )
-        num_blocks = kv_bytes // layout.num_bytes
-        if num_blocks < 1:
-            raise ModelError(
-                f"kv_bytes = {kv_bytes} is less than one block of {layout.num_bytes} bytes"
-            )
+        cache = KvCache(layout, _num_blocks(layout, kv_bytes, num_blocks), target, kind)
         parameters = load_weights(model_dir, config, device=target, dtype=kind, progress=progress)
-        cache = KvCache(layout, num_blocks, target, kind)
-        sampler = Sampler(config.vocab_size, target)
-        return cls(config, Decoder(config, parameters), cache, sampler)
+        progress("measuring exact tile sizes")
+        context_len = min(config.context_len, cache.num_blocks * block_tokens)
+        decoder = Decoder(config, parameters, context_len=context_len)
+        return cls(config, decoder, cache, Sampler(config.vocab_size, target))
 
     @torch.inference_mode()
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        """Computes every chunk in one ragged batch; one result per chunk, in order."""
-        hidden = self._decoder.forward(self._batch(chunks), self.cache.blocks)
-        ends, end = [], 0
-        for chunk in chunks:
-            end += len(chunk.token_ids)
-            ends.append(end)
-        rows = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.sample]
+        """Computes every chunk in one ragged batch; one result per chunk, in order.
+
+        Chunks that do not fit their blocks or the context are a ValueError, before anything runs.
+        """
+        if not chunks:
+            return []
+        hidden, spans = self._forward(chunks)
+        rows = [span.stop - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.sample]
         requests = [chunk.sample for chunk in chunks if chunk.sample]
         sampled = iter(
             self._sampler.sample(self._decoder.logits(hidden[rows]), requests) if rows else ()
         )
         results: list[ChunkResult] = []
-        for chunk, end in zip(chunks, ends, strict=True):
+        for chunk, span in zip(chunks, spans, strict=True):
             token_ids, logprobs = next(sampled) if chunk.sample else ((), ())
             results.append(
                 ChunkResult(
                     token_ids=token_ids,
                     logprobs=logprobs,
-                    prompt_logprobs=self._prompt_logprobs(chunk, hidden, end),
+                    prompt_logprobs=self._prompt_logprobs(chunk, hidden[span]),
                 )
             )
         return results
 
-    def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor, end: int) -> tuple:
-        if chunk.prompt_logprobs is None or not chunk.next_token_ids:
-            return ()
-        start = end - len(chunk.token_ids)
-        rows = hidden[start : start + len(chunk.next_token_ids)]
-        return tuple(
-            self._sampler.prompt_logprobs(
-                self._decoder.logits(rows), chunk.next_token_ids, chunk.prompt_logprobs
-            )
-        )
+    @torch.inference_mode()
+    def hidden_states(self, chunks: list[Chunk]) -> list[torch.Tensor]:
+        """As `step` without sampling: per chunk [num_tokens, hidden_size] after the last norm."""
+        hidden, spans = self._forward(chunks)
+        return [hidden[span] for span in spans]
 
-    def _batch(self, chunks: list[Chunk]) -> Batch:
-        """Flattens chunks; single tokens of different sequences are attended in one group."""
+    def _forward(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[slice]]:
+        """(hidden states [num_rows, hidden_size], the rows of each chunk)."""
+        block_tokens = self.layout.block_tokens
+        for chunk in chunks:
+            stop = chunk.start + len(chunk.token_ids)
+            limit = min(self.context_len, len(chunk.blocks) * block_tokens)
+            if not chunk.token_ids or stop > limit:
+                raise ValueError(f"chunk: positions {chunk.start} to {stop}; limit {limit}")
+            # A block begun and not filled here: nothing of a former owner may stay in its tail.
+            last = stop // block_tokens
+            if chunk.start <= last * block_tokens < stop:
+                self.cache.zero_blocks([chunk.blocks[last]])
+        # Single tokens last and by length, so that neighbours have equally many splits.
+        order = sorted(
+            range(len(chunks)),
+            key=lambda i: (len(chunks[i].token_ids) == 1, chunks[i].start // block_tokens),
+        )
+        spans = [slice(0, 0)] * len(chunks)
+        row = 0
+        for i in order:
+            spans[i] = slice(row, row + len(chunks[i].token_ids))
+            row = spans[i].stop
+        batch = self._batch([chunks[i] for i in order], num_rows=row)
+        return self._decoder.forward(batch, self.cache.blocks), spans
+
+    def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> tuple[PositionLogprobs, ...]:
+        if chunk.prompt_logprobs is None:
+            return ()
+        results: list[PositionLogprobs] = []
+        for start in range(0, len(chunk.next_token_ids), _LOGPROB_ROWS):
+            token_ids = chunk.next_token_ids[start : start + _LOGPROB_ROWS]
+            logits = self._decoder.logits(hidden[start : start + len(token_ids)])
+            results += self._sampler.prompt_logprobs(logits, token_ids, chunk.prompt_logprobs)
+        return tuple(results)
+
+    def _batch(self, chunks: list[Chunk], *, num_rows: int) -> Batch:
+        """Flattens chunks in their order and pads to whole row tiles."""
         block_tokens = self.layout.block_tokens
         token_ids: list[int] = []
         positions: list[int] = []
@@ -115,44 +160,60 @@ class ModelRunner:
             token_ids.extend(chunk.token_ids)
             positions.extend(span)
             block_ids.extend(chunk.blocks[position // block_tokens] for position in span)
-        place = torch.tensor([token_ids, positions, block_ids], device=self._device)
+        padding = [0] * (-num_rows % ops.ROW_TILE)
+        rows = [values + padding for values in (token_ids, positions, block_ids)]
+        place = torch.tensor(rows, device=self._device)
         return Batch(
             token_ids=place[0],
             positions=place[1],
-            block_ids=place[2],
-            offsets=place[1] % block_tokens,
-            groups=self._groups(chunks, place[1]),
+            block_ids=place[2, :num_rows],
+            offsets=place[1, :num_rows] % block_tokens,
+            groups=self._groups(chunks),
         )
 
-    def _groups(self, chunks: list[Chunk], positions: torch.Tensor) -> list[ops.Group]:
-        """Runs of single-token chunks form one group; a longer chunk is a group of its own."""
+    def _groups(self, chunks: list[Chunk]) -> list[ops.Group]:
+        """Single tokens form groups of similar length; a longer chunk is a group of its own."""
+        block_tokens = self.layout.block_tokens
         groups: list[ops.Group] = []
-        run: list[Chunk] = []
-        row = 0
-
-        def close_run() -> None:
-            if run:
-                groups.append(self._group(run, slice(row - len(run), row), positions))
-                run.clear()
-
-        for chunk in chunks:
-            if len(chunk.token_ids) == 1:
-                run.append(chunk)
-                row += 1
-                continue
-            close_run()
-            row += len(chunk.token_ids)
-            groups.append(self._group([chunk], slice(row - len(chunk.token_ids), row), positions))
-        close_run()
+        first = row = 0
+        while first < len(chunks):
+            last = first + 1
+            num_splits = chunks[first].start // block_tokens + 1
+            while last < len(chunks) and len(chunks[first].token_ids) == 1:
+                widest = chunks[last].start // block_tokens + 1
+                size = ops.scratch_size(last - first + 1, widest, self.cache.blocks)
+                if widest > 2 * num_splits + 2 or size > _GROUP_SIZE:
+                    break
+                last += 1
+            stop = row + sum(len(chunk.token_ids) for chunk in chunks[first:last])
+            groups.append(self._group(chunks[first:last], slice(row, stop)))
+            first, row = last, stop
         return groups
 
-    def _group(self, chunks: list[Chunk], rows: slice, positions: torch.Tensor) -> ops.Group:
-        block_tokens = self.layout.block_tokens
-        needed = [-(-(c.start + len(c.token_ids)) // block_tokens) for c in chunks]
-        width = max(needed)
-        table = [
-            c.blocks[:n] + [c.blocks[0]] * (width - n) for c, n in zip(chunks, needed, strict=True)
+    def _group(self, chunks: list[Chunk], rows: slice) -> ops.Group:
+        tables = [
+            chunk.blocks[: -(-(chunk.start + len(chunk.token_ids)) // self.layout.block_tokens)]
+            for chunk in chunks
         ]
         return ops.make_group(
-            rows, positions[rows], torch.tensor(table, device=self._device), block_tokens
+            rows,
+            [chunk.start for chunk in chunks],
+            tables,
+            self.cache.blocks,
+            num_query_heads=self._num_query_heads,
+            wide_rows=self._wide_rows,
+            scratch=self._scratch,
         )
+
+
+def _num_blocks(layout: BlockLayout, kv_bytes: int | None, num_blocks: int | None) -> int:
+    if num_blocks is not None:
+        return num_blocks
+    if kv_bytes is None:
+        raise ValueError("kv_bytes or num_blocks must be given")
+    if kv_bytes < layout.num_bytes:
+        raise ModelError(
+            f"kv_bytes: {kv_bytes}; one block of {layout.block_tokens} tokens takes "
+            f"{layout.num_bytes} bytes"
+        )
+    return kv_bytes // layout.num_bytes

@@ -1,8 +1,7 @@
 """Streams safetensors into the decoder's fused parameters.
 
 Owns the table from checkpoint names to parameters. Never reads .bin or .pt (pickle), never keeps a
-second
-copy of the checkpoint.
+second copy of the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from engine.config import ModelConfig
 from engine.errors import ModelError
@@ -43,29 +42,52 @@ def load_weights(
 
     ModelError names missing, unexpected or misshaped tensors.
     """
+    files = _files(model_dir)  # before any memory is taken
     parameters, places = _allocate(config, device, dtype)
     missing = set(places)
-    files = _files(model_dir)
-    for number, path in enumerate(files, 1):
+    num_loaded, reported = 0, -1
+    num_values = sum(place.numel() for place in places.values())
+    for path in files:
         for name, tensor in _tensors(path):
-            if name.endswith("rotary_emb.inv_freq"):
+            if _ignored(name, config):
                 continue
-            if name == "lm_head.weight" and config.tie_embeddings:
-                continue
-            place = places.get(name)
-            if place is None:
-                raise ModelError(f"{path.name}: tensor {name} is unknown to {config.architecture}")
-            if place.shape != tensor.shape:
-                raise ModelError(
-                    f"{path.name}: tensor {name} is {list(tensor.shape)}, "
-                    f"config.json says {list(place.shape)}"
-                )
-            place.copy_(tensor)
+            if name in places and name not in missing:
+                raise ModelError(f"{path}: tensor {name} was already read from another file")
+            _copy(path, name, tensor, places.get(name), config)
             missing.discard(name)
-        progress(f"loading weights: file {number} of {len(files)} ({path.name})")
+            num_loaded += tensor.numel()
+            percent = 100 * num_loaded // num_values
+            if percent // 10 != reported:
+                reported = percent // 10
+                progress(f"loading weights: {percent} % ({path.name})")
     if missing:
-        raise ModelError(f"{model_dir} lacks {len(missing)} tensors, first {sorted(missing)[0]}")
+        raise ModelError(
+            f"{files[0] if len(files) == 1 else model_dir}: {len(missing)} tensors that "
+            f"config.json needs are missing, first {sorted(missing)[0]}"
+        )
     return parameters
+
+
+def _ignored(name: str, config: ModelConfig) -> bool:
+    """Tensors that carry nothing: old checkpoints' rope tables, and a tied head."""
+    return name.endswith("rotary_emb.inv_freq") or (
+        name == "lm_head.weight" and config.tie_embeddings
+    )
+
+
+def _copy(
+    path: Path, name: str, tensor: torch.Tensor, place: torch.Tensor | None, config: ModelConfig
+) -> None:
+    if place is None:
+        raise ModelError(f"{path}: tensor {name} is unknown to {config.architecture}")
+    if place.shape != tensor.shape:
+        raise ModelError(
+            f"{path}: tensor {name} has shape {list(tensor.shape)}, "
+            f"config.json says {list(place.shape)}"
+        )
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"{path}: tensor {name} is {tensor.dtype}; float32, bfloat16 or float16")
+    place.copy_(tensor)
 
 
 def _allocate(
@@ -122,7 +144,13 @@ def _allocate_layer(config: ModelConfig, layer: int, add: Callable[..., None]) -
 def _files(model_dir: Path) -> list[Path]:
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is not an index of safetensors: {error!r}") from error
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index}: {name!r} is not the name of a file beside it")
         files = [model_dir / name for name in names]
     else:
         files = [model_dir / "model.safetensors"]
@@ -133,6 +161,9 @@ def _files(model_dir: Path) -> list[Path]:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            yield name, file.get_tensor(name)
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error

@@ -16,7 +16,10 @@ def kv_write(
     """Stores key, value [num_tokens, num_kv_heads, head_dim] at (block, offset) of each token.
 
     cache: [num_blocks, num_kv_heads, num_layers, 2, block_tokens, head_dim]; block_ids, offsets:
-    [num_tokens] int64.
+    [num_tokens] int64. Rows of key and value after num_tokens (padding of the batch) are not read.
     """
-    cache[block_ids, :, layer, 0, offsets] = key
-    cache[block_ids, :, layer, 1, offsets] = value
+    num_tokens = block_ids.shape[0]
+    # [num_blocks, block_tokens, 2, num_kv_heads, head_dim]: both indexed dimensions stand first.
+    slots = cache[:, :, layer].permute(0, 3, 2, 1, 4)
+    slots[:, :, 0].index_put_((block_ids, offsets), key[:num_tokens])
+    slots[:, :, 1].index_put_((block_ids, offsets), value[:num_tokens])

@@ -1,6 +1,4 @@
-"""Root mean square normalisation (Zhang and Sennrich, 2019), with the residual addition before
-it.
-"""
+"""Root mean square normalisation (Zhang and Sennrich, 2019), and the residual sum before it."""
 
 from __future__ import annotations
 
@@ -8,10 +6,13 @@ import torch
 
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., width] scaled to unit mean square in fp32, times weight [width]; x's dtype."""
+    """x [..., width] scaled to unit mean square in fp32, times weight [width]; x's dtype.
+
+    weight may also be [num_heads, width] for x [num_tokens, num_heads, width].
+    """
     wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight)
 
 
 def add_rmsnorm(

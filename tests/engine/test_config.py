@@ -1,6 +1,4 @@
-"""What config.json may say: everything that would change the arithmetic is read or refused by
-name.
-"""
+"""What config.json may say: whatever would change the arithmetic is read or refused by name."""
 
 from __future__ import annotations
 
@@ -73,6 +71,27 @@ def test_both_spellings_of_rope(tmp_path: Path) -> None:
         ("hidden_act", {"hidden_act": "gelu"}),
         ("quantization_config", {"quantization_config": {"quant_method": "fp8"}}),
         ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+        (
+            "partial_rotary_factor",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ),
+        ("per layer type", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+        ("architectures", {"architectures": None}),
+        ("architectures", {"architectures": ["LlamaForCausalLM", "Qwen2ForCausalLM"]}),
+        ("model_type", {"model_type": "qwen2"}),
+        ("auto_map", {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}),
+        ("num_experts", {"num_experts": 8}),
+        ("attention_bias", {"architectures": ["MistralForCausalLM"], "attention_bias": True}),
+        ("mlp_bias", {"architectures": ["MistralForCausalLM"], "mlp_bias": True}),
+        ("not a multiple", {"num_key_value_heads": 3}),
+        ("head_dim 15 is odd", {"head_dim": 15}),
+        ("eos_token_id 100", {"eos_token_id": 100}),
+        ("num_layers is 0", {"num_hidden_layers": 0}),
+        ("wrong type", {"num_attention_heads": "4"}),
+        ("wrong type", {"rope_scaling": "linear"}),
+        ("factor", {"rope_scaling": {**LLAMA3, "factor": 0.5}}),
+        ("low_freq_factor is missing", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
+        ("head_dim is missing", {"architectures": ["Qwen3ForCausalLM"]}),
     ],
 )
 def test_what_changes_the_arithmetic_is_refused_by_name(
@@ -80,6 +99,37 @@ def test_what_changes_the_arithmetic_is_refused_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=name):
         load(tmp_path, **changes)
+
+
+def test_options_at_their_neutral_value_are_accepted(tmp_path: Path) -> None:
+    neutral = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 512,
+        "attention_bias": False,
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_scaling": None,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
+    assert load(tmp_path, **neutral).rope.factor == 1.0
+
+
+def test_qwen2_ignores_a_window_it_does_not_use(tmp_path: Path) -> None:
+    window = {"sliding_window": 128, "use_sliding_window": False}
+    load(tmp_path, architectures=["Qwen2ForCausalLM"], **window)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_what_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"config\.json is not"):
+        ModelConfig.load(tmp_path)
+
+
+def test_no_model_directory_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        ModelConfig.load(tmp_path)
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

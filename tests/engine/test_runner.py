@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.decoder import Batch
+from engine.errors import ModelError
 from engine.plan import Chunk, SampleRequest, SamplingParams
 from engine.runner import ModelRunner
 from tests.support.reference import greedy_tokens
@@ -40,10 +40,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def hidden_states(runner: ModelRunner, chunks: list[Chunk]) -> torch.Tensor:
-    """[num_tokens, hidden_size] of one step."""
-    with torch.inference_mode():
-        batch: Batch = runner._batch(chunks)
-        return runner._decoder.forward(batch, runner.cache.blocks)
+    """[num_tokens, hidden_size] of one step, chunk after chunk."""
+    return torch.cat(runner.hidden_states(chunks))
 
 
 def chunk(tokens: list[int], start: int, blocks: list[int]) -> Chunk:
@@ -90,3 +88,102 @@ def test_hidden_states_have_the_same_bits_in_any_company(model: Path, dtype: str
     for place in (0, 3, 9):
         step = [*singles[:place], chunk(tokens[-1:], 69, own), *singles[place:]]
         assert torch.equal(hidden_states(runner, step)[place], whole[-1]), "decode among others"
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runner")
+    make_tiny_model("qwen3", path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "num_threads"), [("fp32", 1), ("bf16", 1), ("fp32", 2)])
+def test_random_schedules_give_the_same_bits(qwen3: Path, dtype: str, num_threads: int) -> None:
+    """Six sequences, up to 300 tokens (more than one pass of splits), cut and mixed at random."""
+    runner = load(qwen3, dtype, block_tokens=16)
+    torch.set_num_threads(num_threads)
+    rng = random.Random(11)
+    prompts = [[rng.randrange(256) for _ in range(n)] for n in (300, 270, 129, 64, 17, 1)]
+    places = [list(range(i * 19, i * 19 + 19)) for i in range(6)]
+    whole = [
+        hidden_states(runner, [chunk(prompt, 0, blocks)])
+        for prompt, blocks in zip(prompts, places, strict=True)
+    ]
+    num_computed = [0] * 6
+    while pending := [i for i in range(6) if num_computed[i] < len(prompts[i])]:
+        picked = rng.sample(pending, rng.randint(1, len(pending)))
+        spans = {i: (num_computed[i], num_computed[i] + rng.choice((1, 1, 7, 50))) for i in picked}
+        step = [chunk(prompts[i][slice(*spans[i])], spans[i][0], places[i]) for i in picked]
+        for i, hidden in zip(picked, runner.hidden_states(step), strict=True):
+            assert torch.equal(hidden, whole[i][slice(*spans[i])]), (i, spans[i])
+            num_computed[i] = spans[i][0] + hidden.shape[0]
+
+
+def test_nan_left_by_a_former_owner_changes_nothing(qwen3: Path) -> None:
+    runner = load(qwen3, block_tokens=16)
+    tokens = list(range(40))
+    clean = hidden_states(runner, [chunk(tokens, 0, [0, 1, 2])])
+    digests = runner.cache.digest([0, 1, 2])
+    for start in (0, 16, 32):  # chunk boundaries, and token by token from there
+        runner.cache.blocks.fill_(float("nan"))
+        parts = [hidden_states(runner, [chunk(tokens[:start], 0, [7, 8, 9])])] if start else []
+        parts += [hidden_states(runner, [chunk([t], t, [7, 8, 9])]) for t in tokens[start:]]
+        assert torch.equal(torch.cat(parts), clean), start
+        assert runner.cache.digest([7, 8, 9]) == digests
+
+
+def test_prompt_logprobs_follow_the_chunks(qwen3: Path) -> None:
+    runner = load(qwen3)
+    tokens = [random.Random(2).randrange(256) for _ in range(100)]
+    step = Chunk(
+        token_ids=tokens,
+        start=0,
+        blocks=[0, 1],
+        prompt_logprobs=2,
+        next_token_ids=tokens[1:],
+        sample=SampleRequest(params=GREEDY, seeds=(0, 1), position=100, num_logprobs=1),
+    )
+    result = runner.step([step])[0]
+    assert len(result.token_ids) == 2 and len(result.prompt_logprobs) == 99
+    assert [p.chosen.token_id for p in result.prompt_logprobs] == tokens[1:]
+    assert all(len(p.top) == 2 for p in result.prompt_logprobs)
+    first = Chunk(
+        token_ids=tokens[:70],
+        start=0,
+        blocks=[2, 3],
+        prompt_logprobs=2,
+        next_token_ids=tokens[1:71],
+    )
+    assert runner.step([first])[0].prompt_logprobs == result.prompt_logprobs[:70]
+
+
+def test_a_step_mixes_chunks_that_sample_with_chunks_that_do_not(qwen3: Path) -> None:
+    runner = load(qwen3)
+    request = SampleRequest(params=GREEDY, seeds=(0,), position=5)
+    sampling = Chunk(token_ids=[1, 2, 3, 4, 5], start=0, blocks=[0], sample=request)
+    alone = runner.step([sampling])[0]
+    results = runner.step([chunk([9] * 20, 0, [1]), sampling, chunk([3], 0, [2])])
+    assert [len(r.token_ids) for r in results] == [0, 1, 0] and results[1] == alone
+    assert runner.step([]) == []
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "start", "blocks"), [([1] * 65, 0, [0]), ([1], 64, [0]), ([], 0, [0])]
+)
+def test_chunks_that_do_not_fit_are_refused(
+    qwen3: Path, token_ids: list[int], start: int, blocks: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="limit 64"):
+        load(qwen3).step([chunk(token_ids, start, blocks)])
+
+
+def test_memory_is_checked_against_one_block(qwen3: Path) -> None:
+    block_num_bytes = 2 * 2 * 2 * 64 * 16 * 4
+    settings = {"device": "cpu", "dtype": "fp32", "block_tokens": 64}
+    with pytest.raises(ModelError, match=rf"kv_bytes: 100;.*{block_num_bytes} bytes"):
+        ModelRunner.load(qwen3, kv_bytes=100, **settings)
+    runner = ModelRunner.load(qwen3, kv_bytes=3 * block_num_bytes + 5, **settings)
+    assert runner.cache.num_blocks == 3 and runner.context_len == 192
+    assert ModelRunner.load(qwen3, num_blocks=99, **settings).context_len == 1024
+    with pytest.raises(ValueError, match="dtype: 'int4'"):
+        ModelRunner.load(qwen3, num_blocks=1, device="cpu", dtype="int4")

@@ -86,7 +86,6 @@ def test_a_service_that_cannot_start_ends_the_mesh_with_its_words(folder: Path) 
     _, errors = up.process.communicate(timeout=60)
     assert up.process.returncode == 1
     assert "kvstore-0 ended with exit code 3" in errors
-    assert "cannot find the model" in errors
 
 
 def test_bad_flags_exit_two_with_the_flag(folder: Path) -> None:

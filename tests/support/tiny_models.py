@@ -31,9 +31,23 @@ _CONFIGS = {
 }
 
 
-def make_tiny_model(family: str, path: Path, *, seed: int = 0, **overrides: Any) -> None:
-    """Saves a random model whose logits are far enough apart for greedy comparisons."""
+def make_tiny_model(
+    family: str, path: Path, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any
+) -> None:
+    """Saves a random model whose logits are far enough apart for greedy comparisons.
+
+    overrides: config.json values; max_shard_size: as transformers' save_pretrained takes it.
+    """
     torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_CONFIGS[family](**{**_settings(family), **overrides}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
+    make_byte_tokenizer(path)
+
+
+def _settings(family: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -62,12 +76,7 @@ def make_tiny_model(family: str, path: Path, *, seed: int = 0, **overrides: Any)
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 256,
         }
-    model = AutoModelForCausalLM.from_config(_CONFIGS[family](**{**settings, **overrides}))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(path)
-    make_byte_tokenizer(path)
+    return settings
 
 
 def make_byte_tokenizer(path: Path) -> None:
