@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from engine.block_pool import BlockPool
-from engine.engine import Engine, StepOutcome
+from engine.engine import Engine
 from engine.plan import SamplingParams, StoppingParams
 from engine.runner import ModelRunner
 from engine.scheduler import DecodeScheduler
-from engine.sequence import Sequence
+from engine.sequence import Sequence, StepOutcome
 from tests.support.generate import greedy_request
 from tests.support.mesh import Mesh, running_mesh
 

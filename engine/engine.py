@@ -1,50 +1,29 @@
 """The step loop: one engine thread for tensor work, all scheduling state on the event loop.
 
 Owns the life of sequences between add() and their end, and their blocks. Never touches tensors
-itself, never knows requests or the network.
+itself, never knows requests or the network. While a step computes the next one is scheduled and
+launched behind it, so the thread and the device never wait for the loop: a sequence that ends is
+computed once more in vain.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from engine.block_pool import BlockPool, BlockWaiters
-from engine.plan import Chunk, ChunkResult
-from engine.scheduler import Scheduled, Scheduler
+from engine.pipeline import MAX_FLIGHTS, Landed, Pipeline, Runner
+from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState, StepItem, StepOutcome
-
-__all__ = ["BlockCache", "Engine", "EngineClosedError", "Runner", "StepItem", "StepOutcome"]
 
 log = logging.getLogger("kvmesh.engine")
 
 T = TypeVar("T")
-
-
-class BlockCache(Protocol):
-    """The part of the KV cache that the engine uses."""
-
-    def copy_blocks(self, src: list[int], dst: list[int], /) -> None:
-        """Copies whole blocks."""
-
-
-class Runner(Protocol):
-    """What computes steps, in the engine thread; one result per chunk, in order."""
-
-    @property
-    def cache(self) -> BlockCache:
-        """The KV cache that the blocks are in."""
-        ...
-
-    def step(self, chunks: list[Chunk], /) -> list[ChunkResult]:
-        """Computes all chunks."""
-        ...
 
 
 class EngineClosedError(RuntimeError):
@@ -72,15 +51,14 @@ class Engine:
         self._scheduler = scheduler
         self._on_step = on_step
         self._on_failure = on_failure
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._pipeline = Pipeline(runner)
         self._waiters = BlockWaiters(pool)
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         self._ended.set()
         self._is_closed = False
-        self._in_step: set[Sequence] = set()
         self._num_steps = 0
-        self._flight: _Flight | None = None
+        self._last_emit_s = 0.0
 
     @property
     def num_running(self) -> int:
@@ -116,7 +94,7 @@ class Engine:
         self._wake.set()
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends a sequence without outcome; its blocks are free at once or after the running step.
+        """Ends a sequence without outcome; its its blocks are free once no step uses them.
 
         Does nothing for one that was never added or is over already.
         """
@@ -124,7 +102,7 @@ class Engine:
             return
         self._scheduler.remove(sequence)
         sequence.state = SequenceState.DROPPED
-        if sequence not in self._in_step:
+        if not sequence.num_in_flight:
             self._free(sequence)
             self.wake()
 
@@ -132,7 +110,7 @@ class Engine:
         """Looks again for memory: call after freeing blocks in the pool directly."""
         self._wake.set()
         # A sequence that waits goes before newcomers: while idle only the loop knows if it fits.
-        if self._in_step or not self._scheduler.num_waiting:
+        if self._pipeline.flights or not self._scheduler.num_waiting:
             self._serve_waiters()
 
     async def allocate(self, num_blocks: int, priority: float = 0) -> list[int]:
@@ -160,7 +138,7 @@ class Engine:
 
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """Runs fn(*args) in the engine thread between steps; when cancelled, still waits for it."""
-        return await _outcome(self._executor.submit(fn, *args))
+        return await self._pipeline.call(fn, *args)
 
     async def fork(self, blocks: list[int], num_tokens: int) -> list[int]:
         """Blocks with the same first num_tokens tokens: full ones shared, the tail block copied."""
@@ -188,76 +166,86 @@ class Engine:
         self._ended.clear()
         try:
             while not self._is_closed:
-                if self._flight is None:
-                    self._wake.clear()
-                    self._launch()
-                if self._flight is None:
-                    await self._wake.wait()
+                self._wake.clear()
+                self._fill()
+                if self._pipeline.flights:
+                    await self._land()
                 else:
-                    await self._land(self._flight)
+                    await self._wake.wait()
         finally:
-            if self._flight is not None:
-                await asyncio.wait([asyncio.wrap_future(self._flight.future)])
+            await self._abandon()
             self._end()
             self._ended.set()
 
     async def close(self) -> None:
-        """Ends the loop after the running step, drops every sequence and refuses waiters."""
+        """Ends the loop after the steps in flight, drops every sequence and refuses waiters."""
         self._is_closed = True
         self._wake.set()
         await self._ended.wait()
         self._end()
-        await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
+        await asyncio.get_running_loop().run_in_executor(None, self._pipeline.close)
 
     def check(self) -> None:
-        """Asserts the books: pool, queues, progress, and blocks of the running step."""
+        """Asserts the books: pool, queues, progress, and blocks of the steps in flight."""
         self._pool.check()
         self._scheduler.check(self._pool)
-        for sequence in self._in_step:
+        in_flight = Counter(s.sequence for flight in self._pipeline.flights for s in flight.batch)
+        for sequence, num_flights in in_flight.items():
+            assert sequence.num_in_flight == num_flights, f"{sequence}: flights"
             for block in sequence.blocks:
                 assert self._pool.num_refs(block) > 0, f"{sequence}: block {block} freed too early"
+        for sequence in self._scheduler.sequences:
+            assert sequence in in_flight or not sequence.num_in_flight, f"{sequence}: flights"
 
     def _serve_waiters(self) -> None:
         self._waiters.serve(lambda priority: self._scheduler.num_spare(priority, self._pool))
 
-    def _launch(self) -> None:
-        """Schedules and submits the next step, if anything can run."""
-        batch = self._scheduler.schedule(self._pool)
-        self._serve_waiters()
-        if batch:
-            self._in_step = {scheduled.sequence for scheduled in batch}
-            chunks = [scheduled.chunk for scheduled in batch]
-            future = self._executor.submit(_timed, self._runner, chunks)
-            self._flight = _Flight(batch=batch, future=future)
+    def _fill(self) -> None:
+        """Launches what can run, one step ahead of the one that computes.
 
-    async def _land(self, flight: _Flight) -> None:
-        """Waits for a step, books it and reports it; the next one may be under way by then."""
+        Not ahead when scheduling could take blocks away, which a step in flight may write.
+        """
+        while not self._is_closed and len(self._pipeline.flights) < MAX_FLIGHTS:
+            if self._pipeline.flights and self._scheduler.may_preempt(self._pool):
+                return
+            started_at = time.perf_counter()
+            batch = self._scheduler.schedule(self._pool)
+            schedule_s = time.perf_counter() - started_at
+            self._serve_waiters()
+            if not batch:
+                return
+            self._pipeline.launch(batch, schedule_s)
+
+    async def _land(self) -> None:
+        """Waits for the oldest step, books it and reports it; others compute meanwhile."""
         try:
-            results, duration_s = await _outcome(flight.future)
+            landed = await self._pipeline.land()
         except Exception as error:
-            self._flight = None
-            self._fail(flight.batch, error)
+            await self._fail(error)
             return
-        self._flight = None
-        self._num_steps += 1
-        items = self._book(flight.batch, results)
-        # The next step computes while this one's tokens go out, unless scheduling it could take
-        # blocks which the callback still reads.
-        if not self._is_closed and not self._scheduler.may_preempt(self._pool):
-            self._launch()
-        self._on_step(StepOutcome(step=self._num_steps, duration_s=duration_s, items=items))
-        for item in items:
+        outcome = self._book(landed)
+        # While the callback reads blocks none are taken away: see _fill.
+        if not self._scheduler.may_preempt(self._pool):
+            self._fill()
+        started_at = time.perf_counter()
+        self._on_step(outcome)
+        self._last_emit_s = time.perf_counter() - started_at
+        for item in outcome.items:
             if item.is_finished and not item.keep_blocks:
-                self._free(item.sequence)
+                self._release(item.sequence)
         self.wake()
 
-    def _book(self, batch: list[Scheduled], results: list[ChunkResult]) -> list[StepItem]:
+    def _book(self, landed: Landed) -> StepOutcome:
         """Takes the results into the sequences; finished ones leave the scheduler."""
-        self._in_step = set()
+        flight, step = landed.flight, landed.step
+        self._num_steps += 1
         items: list[StepItem] = []
-        for (sequence, chunk), result in zip(batch, results, strict=True):
-            if sequence.state is SequenceState.DROPPED:
-                self._free(sequence)
+        num_discarded = 0
+        for (sequence, chunk), result in zip(flight.batch, landed.results, strict=True):
+            if sequence.state is not SequenceState.RUNNING:
+                sequence.num_in_flight -= 1
+                num_discarded += len(result.token_ids)
+                self._release(sequence)
                 continue
             item = sequence.advance(chunk, result)
             items.append(item)
@@ -267,23 +255,49 @@ class Engine:
                     self._scheduler.remove(sequence)
                     sequence.state = SequenceState.FINISHED
                     sequence.finish_reason = item.finish_reason = reason
-        return items
+        return StepOutcome(
+            step=self._num_steps,
+            schedule_s=flight.schedule_s,
+            forward_s=step.forward_s,
+            sample_s=step.sample_s,
+            gap_s=landed.gap_s,
+            emit_s=self._last_emit_s,
+            num_discarded=num_discarded,
+            items=items,
+        )
 
-    def _fail(self, batch: list[Scheduled], error: Exception) -> None:
-        """Ends every sequence of a step that raised."""
+    async def _fail(self, error: Exception) -> None:
+        """Ends every sequence of the oldest step, which raised; the one behind it runs again."""
         log.error("step %d failed", self._num_steps + 1, exc_info=error)
         self._num_steps += 1
-        self._in_step = set()
+        batch = self._pipeline.flights[0].batch
+        await self._abandon()
         failed: list[Sequence] = []
         for sequence, _ in batch:
-            if sequence.state is not SequenceState.DROPPED:
+            if sequence.state is SequenceState.RUNNING:
                 self._scheduler.remove(sequence)
                 sequence.state = SequenceState.FAILED
                 failed.append(sequence)
-            self._free(sequence)
+            self._release(sequence)
         if self._on_failure is not None and failed:
             self._on_failure(failed, error)
         self.wake()
+
+    async def _abandon(self) -> None:
+        """Waits for all steps in flight and takes nothing from them."""
+        await self._pipeline.wait()
+        while self._pipeline.flights:
+            for sequence, _ in self._pipeline.flights.popleft().batch:
+                sequence.num_in_flight -= 1
+                if sequence.state is SequenceState.RUNNING:
+                    sequence.rewind()
+                else:
+                    self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Frees a sequence's blocks unless a step in flight still uses them."""
+        if not sequence.num_in_flight:
+            self._free(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self._pool.free(sequence.blocks)
@@ -292,38 +306,5 @@ class Engine:
     def _end(self) -> None:
         """Drops what is left; no step runs any more."""
         self._waiters.refuse_all(EngineClosedError("allocate: the engine was closed"))
-        for sequence in [s for s in self._in_step if s.state is SequenceState.DROPPED]:
-            self._free(sequence)
-        self._in_step = set()
         for sequence in self._scheduler.sequences:
             self.drop(sequence)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Flight:
-    """A step that the engine thread has or will have."""
-
-    batch: list[Scheduled]
-    future: concurrent.futures.Future[tuple[list[ChunkResult], float]]
-
-
-def _timed(runner: Runner, chunks: list[Chunk]) -> tuple[list[ChunkResult], float]:
-    started_at = time.perf_counter()
-    results = runner.step(chunks)
-    duration_s = time.perf_counter() - started_at
-    if len(results) != len(chunks):
-        raise RuntimeError(f"runner answered {len(results)} results for {len(chunks)} chunks")
-    return results, duration_s
-
-
-async def _outcome(future: concurrent.futures.Future[T]) -> T:
-    """A thread future's result. When cancelled it first waits until the thread has let go."""
-    try:
-        return await asyncio.wrap_future(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait([asyncio.wrap_future(future)])
-            except asyncio.CancelledError:  # raised again below, once memory is safe
-                continue
-        raise

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
+
+UNKNOWN_TOKEN = -1
 
 
 class FinishReason(enum.Enum):
@@ -67,7 +70,9 @@ class SampleRequest:
 
     `position` is the absolute position of the token to be sampled (prompt length + output length);
     random numbers are a function of (seed, position) alone. `masked_token_ids` are barred now
-    (EOS and stop tokens before min_new_tokens). Penalties read the two token lists.
+    (EOS and stop tokens before min_new_tokens). Penalties read the two token lists; the outputs are
+    the first position - len(prompt_token_ids) - num_pending of `output_token_ids` (which grows
+    while the step waits) and then the `num_pending` tokens (0 or 1) of the step before.
     """
 
     params: SamplingParams
@@ -77,6 +82,7 @@ class SampleRequest:
     output_token_ids: tuple[int, ...] | list[int] = ()
     masked_token_ids: frozenset[int] = frozenset()
     num_logprobs: int | None = None
+    num_pending: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +91,9 @@ class Chunk:
 
     `token_ids` stand at positions start .. start + len - 1; `blocks` lists every block of the
     sequence up to and including those positions. `sample` is None when more prompt follows.
+    With `follows` the only token is not known yet (UNKNOWN_TOKEN stands for it): it is the one that
+    chunk number `follows` of the step launched before samples. Positions from `prompt_len` on hold
+    outputs.
     `prompt_logprobs` asks for that many alternatives at each chunk position whose next token is in
     `next_token_ids` (same length as token_ids, or one shorter on the last prompt chunk).
     """
@@ -95,6 +104,8 @@ class Chunk:
     sample: SampleRequest | None = None
     prompt_logprobs: int | None = None
     next_token_ids: list[int] = field(default_factory=list)
+    follows: int | None = None
+    prompt_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,3 +115,22 @@ class ChunkResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+class Step(Protocol):
+    """A launched step. Times are known once its results are."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the results are there without waiting."""
+        ...
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds the model took, on the device that computes."""
+        ...
+
+    @property
+    def sample_s(self) -> float:
+        """Seconds logits and sampling took."""
+        ...

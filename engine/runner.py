@@ -5,7 +5,9 @@ Owns decoder, cache and sampler of a process; never decides what runs and knows 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from engine.config import ModelConfig
 from engine.decoder import Batch, Decoder
 from engine.errors import ModelError
 from engine.kv_cache import KvCache
-from engine.plan import Chunk, ChunkResult, PositionLogprobs
+from engine.plan import Chunk, ChunkResult, PositionLogprobs, Step
 from engine.sampler import Sampler
 from engine.weights import load_weights
 from kernels import ops
@@ -25,6 +27,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LOGPROB_ROWS = 64
 # fp32 values of KV that one group of decoding sequences reads at a time (8 MiB).
 _GROUP_SIZE = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputedStep:
+    """A step that was computed while it was launched."""
+
+    results: list[ChunkResult]
+    forward_s: float
+    sample_s: float
+
+    @property
+    def is_done(self) -> bool:
+        """Always."""
+        return True
 
 
 class ModelRunner:
@@ -82,15 +98,24 @@ class ModelRunner:
         decoder = Decoder(config, parameters, context_len=context_len)
         return cls(config, decoder, cache, Sampler(config.vocab_size, target))
 
-    @torch.inference_mode()
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
-        """Computes every chunk in one ragged batch; one result per chunk, in order.
+        """Computes every chunk in one ragged batch; one result per chunk, in order."""
+        return self.results(self.launch(chunks, None))
+
+    @torch.inference_mode()
+    def launch(self, chunks: list[Chunk], previous: Step | None) -> ComputedStep:
+        """Computes every chunk in one ragged batch.
 
         Chunks that do not fit their blocks or the context are a ValueError, before anything runs.
         """
         if not chunks:
-            return []
+            return ComputedStep(results=[], forward_s=0.0, sample_s=0.0)
+        started_at = time.perf_counter()
+        if previous is not None:
+            assert isinstance(previous, ComputedStep), "a step of another runner"
+            chunks = [_resolved(chunk, previous.results) for chunk in chunks]
         hidden, spans = self._forward(chunks)
+        forward_at = time.perf_counter()
         rows = [span.stop - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.sample]
         requests = [chunk.sample for chunk in chunks if chunk.sample]
         sampled = iter(
@@ -106,7 +131,16 @@ class ModelRunner:
                     prompt_logprobs=self._prompt_logprobs(chunk, hidden[span]),
                 )
             )
-        return results
+        return ComputedStep(
+            results=results,
+            forward_s=forward_at - started_at,
+            sample_s=time.perf_counter() - forward_at,
+        )
+
+    def results(self, step: Step) -> list[ChunkResult]:
+        """One result per chunk of a step of this runner, in order."""
+        assert isinstance(step, ComputedStep), "a step of another runner"
+        return step.results
 
     @torch.inference_mode()
     def hidden_states(self, chunks: list[Chunk]) -> list[torch.Tensor]:
@@ -204,6 +238,19 @@ class ModelRunner:
             wide_rows=self._wide_rows,
             scratch=self._scratch,
         )
+
+
+def _resolved(chunk: Chunk, previous: list[ChunkResult]) -> Chunk:
+    """The chunk with the token that the previous step sampled in place of the unknown one."""
+    if chunk.follows is None:
+        return chunk
+    (token_id,) = previous[chunk.follows].token_ids
+    sample = chunk.sample
+    if sample is not None and sample.num_pending:
+        known = sample.position - len(sample.prompt_token_ids) - sample.num_pending
+        outputs = [*sample.output_token_ids[:known], token_id]
+        sample = replace(sample, output_token_ids=outputs, num_pending=0)
+    return replace(chunk, token_ids=[token_id], sample=sample, follows=None)
 
 
 def _num_blocks(layout: BlockLayout, kv_bytes: int | None, num_blocks: int | None) -> int:

@@ -62,6 +62,7 @@ class Scheduler(abc.ABC):
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence behind those of its priority."""
         sequence.order = (-sequence.priority, next(self._arrivals))
+        sequence.rewind()
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -128,7 +129,7 @@ class Scheduler(abc.ABC):
         bisect.insort(self._running, sequence, key=_ORDER)
 
     def _num_missing(self, sequence: Sequence, pool: BlockPool) -> int:
-        return pool.num_blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        return pool.num_blocks_for(sequence.num_tokens) - len(sequence.blocks)
 
     def _complete_blocks(self, sequence: Sequence, pool: BlockPool) -> bool:
         """Gives a sequence blocks for all its tokens, or none if they are not all there."""
@@ -143,7 +144,9 @@ class Scheduler(abc.ABC):
         """Takes a sequence's blocks; it computes everything again."""
         pool.free(sequence.blocks)
         sequence.blocks = []
+        assert sequence.num_in_flight == 0, f"{sequence} gives blocks up while a step uses them"
         sequence.num_computed = 0
+        sequence.rewind()
         sequence.num_preemptions += 1
         self.num_preemptions += 1
 
@@ -205,9 +208,12 @@ class PrefillScheduler(Scheduler):
         for sequence in self._running:
             if budget == 0:
                 break
+            if sequence.num_pending:
+                continue
             num_tokens = min(sequence.num_remaining, budget)
             budget -= num_tokens
-            step.append(Scheduled(sequence, sequence.chunk(num_tokens, pool.block_tokens)))
+            chunk = sequence.chunk(num_tokens, pool.block_tokens, len(step))
+            step.append(Scheduled(sequence, chunk))
         return step
 
 
@@ -246,10 +252,9 @@ class DecodeScheduler(Scheduler):
     def schedule(self, pool: BlockPool) -> list[Scheduled]:
         """Running sequences first, in order; then waiting ones while there is room."""
         step: list[Scheduled] = []
-        budget = self.chunk_tokens
-        block_tokens = pool.block_tokens
-        preempted = self.num_preemptions
-        index = 0
+        budget, block_tokens = self.chunk_tokens, pool.block_tokens
+        capacity = pool.num_blocks * block_tokens
+        preempted, index = self.num_preemptions, 0
         while index < len(self._running):
             sequence = self._running[index]
             num_tokens = sequence.num_remaining
@@ -257,19 +262,19 @@ class DecodeScheduler(Scheduler):
                 num_tokens = min(num_tokens, budget)
                 budget -= num_tokens
             index += 1
-            if num_tokens == 0:
+            if num_tokens == 0 or sequence.will_end(capacity):
                 continue
-            missing = sequence.num_computed + num_tokens > len(sequence.blocks) * block_tokens
+            missing = sequence.num_scheduled + num_tokens > len(sequence.blocks) * block_tokens
             if missing and not self._grow(sequence, num_tokens, pool):
                 break
-            step.append(Scheduled(sequence, sequence.chunk(num_tokens, block_tokens)))
+            step.append(Scheduled(sequence, sequence.chunk(num_tokens, block_tokens, len(step))))
         if self.num_preemptions == preempted:
             self._admit(step, budget, pool)
         return step
 
     def _grow(self, sequence: Sequence, num_tokens: int, pool: BlockPool) -> bool:
         """Extends a running sequence's blocks; if even others' blocks do not do, it steps back."""
-        needed = pool.num_blocks_for(sequence.num_computed + num_tokens) - len(sequence.blocks)
+        needed = pool.num_blocks_for(sequence.num_scheduled + num_tokens) - len(sequence.blocks)
         if self._make_room(needed, sequence, pool):
             sequence.blocks.extend(pool.allocate(needed))
             return True
@@ -291,4 +296,5 @@ class DecodeScheduler(Scheduler):
             if first.num_remaining > 1:
                 budget -= num_tokens
             self._run(self._waiting.pop(0))
-            step.append(Scheduled(first, first.chunk(num_tokens, pool.block_tokens)))
+            chunk = first.chunk(num_tokens, pool.block_tokens, len(step))
+            step.append(Scheduled(first, chunk))

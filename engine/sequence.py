@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.plan import (
+    UNKNOWN_TOKEN,
     Chunk,
     ChunkResult,
     FinishReason,
@@ -56,19 +57,24 @@ class Sequence:
     """A prompt and its outputs. With several seeds it ends after one token per seed (prefill).
 
     KV exists for token_ids[:num_computed]; the last token is never among them before a step, so
-    that a step always has logits to sample from. Blocks cover at least num_computed tokens.
+    that a step always has logits to sample from. Steps in flight bring it to num_scheduled and
+    sample num_pending more tokens. Blocks cover at least num_scheduled tokens.
     `order` ranks sequences: smaller goes first (higher priority, then earlier arrival).
     """
 
     __slots__ = (
         "_barred",
+        "_place",
         "blocks",
         "finish_reason",
         "key",
         "num_computed",
+        "num_in_flight",
         "num_logprobs",
+        "num_pending",
         "num_preemptions",
         "num_prompt_logprobs",
+        "num_scheduled",
         "order",
         "output_token_ids",
         "priority",
@@ -109,9 +115,13 @@ class Sequence:
         self.order: tuple[int, int] = (-priority, 0)
         self.blocks: list[int] = []
         self.num_computed = 0
+        self.num_scheduled = 0
+        self.num_pending = 0
+        self.num_in_flight = 0
         self.num_preemptions = 0
         self.state = SequenceState.NEW
         self.finish_reason: FinishReason | None = None
+        self._place = 0  # number of the chunk that samples the pending token
         self._barred = stopping.eos_token_ids | stopping.stop_token_ids
 
     def __repr__(self) -> str:
@@ -121,35 +131,59 @@ class Sequence:
         )
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens there will be when the steps in flight have landed."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_remaining(self) -> int:
-        """Tokens whose KV is missing, the last token included: at least 1."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens whose KV no step computes yet: at least 1."""
+        return self.num_tokens - self.num_scheduled
 
-    def chunk(self, num_tokens: int, block_tokens: int) -> Chunk:
-        """The next num_tokens tokens to compute; samples if they reach the end.
+    def will_end(self, capacity: int) -> bool:
+        """Whether the token in flight is the last by length; capacity: tokens memory can hold."""
+        num_outputs = len(self.output_token_ids) + self.num_pending
+        is_full = num_outputs >= self.stopping.max_new_tokens or self.num_tokens > capacity
+        return bool(self.num_pending) and is_full
 
-        The sequence's blocks must cover them.
+    def rewind(self) -> None:
+        """Forgets steps in flight: what they were to compute is scheduled again."""
+        self.num_scheduled = self.num_computed
+        self.num_pending = 0
+
+    def chunk(self, num_tokens: int, block_tokens: int, place: int) -> Chunk:
+        """Schedules the next num_tokens tokens as chunk number `place` of a step.
+
+        Samples if they reach the end. The sequence's blocks must cover them.
         """
-        tokens, start = self.token_ids, self.num_computed
+        tokens, start = self.token_ids, self.num_scheduled
         end = start + num_tokens
         num_blocks = -(-end // block_tokens)
-        assert start < end <= len(tokens), f"{self} cannot compute {num_tokens} tokens"
+        assert start < end <= self.num_tokens, f"{self} cannot compute {num_tokens} tokens"
         assert num_blocks <= len(self.blocks), f"{self} has too few blocks for {end} tokens"
         blocks = self.blocks
         if num_blocks < len(blocks):
             blocks = blocks[:num_blocks]
-        if num_tokens == 1 and self.num_prompt_logprobs is None and end == len(tokens):
-            return Chunk(token_ids=tokens[-1:], start=start, blocks=blocks, sample=self._sample())
+        follows = self._place if self.num_pending else None
+        sample = self._sample() if end == self.num_tokens else None
+        self.num_scheduled = end
+        self.num_in_flight += 1
+        if sample is not None:
+            self.num_pending, self._place = 1, place
+        if follows is not None:
+            assert num_tokens == 1 == end - len(tokens), f"{self}: an unknown token stands alone"
         following: list[int] = []
         if self.num_prompt_logprobs is not None:
             following = self.prompt_token_ids[start + 1 : end + 1]
         return Chunk(
-            token_ids=tokens[start:end],
+            token_ids=tokens[start:end] if follows is None else [UNKNOWN_TOKEN],
             start=start,
             blocks=blocks,
-            sample=self._sample() if end == len(tokens) else None,
+            sample=sample,
             prompt_logprobs=self.num_prompt_logprobs if following else None,
             next_token_ids=following,
+            follows=follows,
+            prompt_len=len(self.prompt_token_ids),
         )
 
     def advance(self, chunk: Chunk, result: ChunkResult) -> StepItem:
@@ -157,7 +191,11 @@ class Sequence:
         before = self.num_computed
         token_ids = result.token_ids
         num_tokens = len(chunk.token_ids)
+        assert before == chunk.start, f"{self}: a chunk that starts at {chunk.start} landed"
+        self.num_in_flight -= 1
         self.num_computed = before + num_tokens
+        if chunk.sample is not None:
+            self.num_pending = 0 if self.num_scheduled == self.num_computed else 1
         if len(token_ids) == 1:
             self.output_token_ids.append(token_ids[0])
             self.token_ids.append(token_ids[0])
@@ -175,19 +213,23 @@ class Sequence:
         """Asserts the progress invariants."""
         assert self.token_ids == self.prompt_token_ids + self.output_token_ids, f"{self}: tokens"
         assert 0 <= self.num_computed < len(self.token_ids), f"{self}: nothing left to compute"
-        assert self.num_computed <= len(self.blocks) * block_tokens, f"{self}: blocks too few"
+        if self.state is not SequenceState.NEW:
+            assert self.num_computed <= self.num_scheduled <= self.num_tokens, f"{self}: schedule"
+        assert self.num_scheduled <= len(self.blocks) * block_tokens, f"{self}: blocks too few"
         assert len(set(self.blocks)) == len(self.blocks), f"{self}: a block twice"
 
     def _sample(self) -> SampleRequest:
-        below_minimum = len(self.output_token_ids) < self.stopping.min_new_tokens
+        num_outputs = len(self.output_token_ids) + self.num_pending
+        below_minimum = num_outputs < self.stopping.min_new_tokens
         return SampleRequest(
             params=self.sampling,
             seeds=self.seeds,
-            position=len(self.token_ids),
+            position=self.num_tokens,
             prompt_token_ids=self.prompt_token_ids,
             output_token_ids=self.output_token_ids,
             masked_token_ids=self._barred if below_minimum else _NONE_BARRED,
             num_logprobs=self.num_logprobs,
+            num_pending=self.num_pending,
         )
 
 
@@ -215,11 +257,24 @@ class StepItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutcome:
-    """A finished step: its number (from 1), seconds in the engine thread, and its items.
+    """A finished step: its number (from 1), where its time went, and its items.
 
-    Sequences dropped while the step ran are not among the items.
+    Sequences dropped or finished while the step ran are not among the items; num_discarded counts
+    their tokens. All times are seconds: schedule_s on the loop, forward_s and sample_s where the
+    tensors are, gap_s between the end of the step before (or this one's launch) and its start,
+    emit_s in the callback of the step before.
     """
 
     step: int
-    duration_s: float
+    schedule_s: float
+    forward_s: float
+    sample_s: float
+    gap_s: float
+    emit_s: float
+    num_discarded: int
     items: list[StepItem]
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of computing."""
+        return self.forward_s + self.sample_s

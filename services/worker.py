@@ -1,8 +1,7 @@
 """What a prefill and a decode process have in common: model, engine, NIXL agent and store client.
 
 Owns construction, teardown and the life of blocks that a late transfer may still write. Never
-routes,
-never speaks to clients. The gateway and the kvstore never import this module (it loads torch).
+routes, never speaks to clients. The gateway and the kvstore never import it (it loads torch).
 """
 
 from __future__ import annotations
@@ -10,58 +9,33 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from engine.block_pool import BlockPool
-from engine.engine import Engine, StepOutcome
+from engine.engine import Engine
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
+from engine.sequence import StepOutcome
 from kv.block import model_fingerprint, salted_root
 from kv.layout import LAYOUT_VERSION
 from kv.nixl_transfer import NixlTransfer
 from mesh.errors import FailedPrecondition, invalid
 from mesh.kvstore_client import KvStoreClient
 from mesh.process import num_fds, rss_num_bytes, task_count
-from mesh.settings import ServiceSettings, parse_bytes, setting
+from mesh.settings import parse_bytes
 from mesh.status import Rate
 from mesh.telemetry import Telemetry
 from protos import status_pb2
+from services.worker_settings import WorkerSettings
+
+T = TypeVar("T")
 
 PULL_DEADLINE_S = 10.0
 PUBLISH_DEADLINE_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkerSettings(ServiceSettings):
-    """Flags shared by `services.prefill` and `services.decode`."""
-
-    model: Path = setting(Path("models/demo"), group="model", help="directory with config.json")
-    model_name: str = setting("", group="model", help="public name; default: the directory's name")
-    dtype: str = setting(
-        "auto",
-        group="model",
-        help="weights and KV; auto is fp32 on cpu, bf16 on cuda",
-        choices=("auto", "fp32", "bf16"),
-    )
-    device: str = setting("cpu", group="model", help="where tensors live", choices=("cpu", "cuda"))
-    kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
-    kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
-    block_tokens: int = setting(64, group="memory", help="tokens per block", minimum=8, maximum=256)
-    max_batch: int = setting(64, group="scheduling", help="most sequences per step", minimum=1)
-    chunk_tokens: int = setting(
-        512, group="scheduling", help="most prompt tokens computed per step", minimum=16
-    )
-
-    def __post_init__(self) -> None:
-        """ValueError for what this version cannot do."""
-        if self.device == "cuda":
-            raise ValueError(
-                "device cuda: not yet; blocks move between host memories only, use cpu"
-            )
 
 
 class Worker:
@@ -102,6 +76,8 @@ class Worker:
             digest=self._digest,
             telemetry=telemetry,
         )
+        # Digests and tails of blocks no step writes any more: beside the engine thread, not in it.
+        self._settled = ThreadPoolExecutor(1, thread_name_prefix="kv-settled")
         self._rate = Rate()
         self._num_tokens = 0
         self._started_at = time.monotonic()
@@ -150,6 +126,7 @@ class Worker:
             await asyncio.wait(self._tasks)
         await self.store.close()
         self._transfer.close()
+        self._settled.shutdown(wait=False)
 
     def root(self, cache_salt: str) -> bytes:
         """Root of the block names under this tenant's salt."""
@@ -207,6 +184,10 @@ class Worker:
         """Gives one reference to each block back and wakes whoever waits for memory."""
         self.pool.free(block_ids)
         self.engine.wake()
+
+    async def on_settled(self, fn: Callable[..., T], *args: object) -> T:
+        """Runs fn(*args) over blocks that no step in flight writes, while steps compute."""
+        return await asyncio.get_running_loop().run_in_executor(self._settled, fn, *args)
 
     def spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         """Runs background work that `close` waits for."""
@@ -275,7 +256,7 @@ class Worker:
         self.pool.free(held)
 
     async def _digest(self, block_ids: list[int]) -> list[int]:
-        return await self.engine.call(self.runner.cache.digest, block_ids)
+        return await self.on_settled(self.runner.cache.digest, block_ids)
 
     def _on_step(self, outcome: StepOutcome) -> None:
         for listener in self.listeners:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,9 +20,12 @@ from mesh.settings import parse_settings
 from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
 from protos import status_pb2, status_pb2_grpc
-from services.worker import Worker, WorkerSettings
+from services.worker import Worker
+from services.worker_settings import WorkerSettings
 
 log = logging.getLogger("kvmesh.worker")
+
+SWITCH_INTERVAL_S = 0.0005
 
 
 class WorkerServicer(Protocol):
@@ -52,6 +56,8 @@ def run_worker(
 ) -> None:
     """Parses flags and runs the process until it is told to stop."""
     settings = parse_settings(WorkerSettings, f"python -m services.{name}")
+    # The engine thread needs the interpreter between two operations: the loop yields it soon.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     setup_logging(settings.log_format, settings.log_level, name)
 
     async def main(stop: asyncio.Event) -> None:

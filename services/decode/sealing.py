@@ -6,8 +6,7 @@ being written out; losing a put only costs a later recomputation.
 
 from __future__ import annotations
 
-from engine.engine import StepItem
-from engine.sequence import Sequence
+from engine.sequence import Sequence, StepItem
 from kv.block import block_keys
 from services.worker import PUBLISH_DEADLINE_S, Worker
 

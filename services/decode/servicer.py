@@ -10,8 +10,8 @@ import itertools
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from engine.engine import StepOutcome
 from engine.sequence import Sequence as EngineSequence
+from engine.sequence import StepOutcome
 from protos import decode_pb2, decode_pb2_grpc
 from services.decode.session import Session
 from services.worker import Worker

@@ -8,19 +8,22 @@ never decides what a step runs.
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 import time
 from dataclasses import dataclass, field
 
 import grpc
 
-from engine.engine import StepItem
-from engine.sequence import Sequence
-from kv.block import block_keys, prefix_identity
+from engine.sequence import Sequence, StepItem
 from mesh.errors import KvmeshError
 from protos import common_pb2, decode_pb2
 from services import wire
+from services.decode.admission import Admission
 from services.decode.sealing import SealedBlocks
 from services.worker import Worker
+
+log = logging.getLogger("kvmesh.decode")
 
 
 @dataclass(slots=True)
@@ -134,7 +137,13 @@ class Session:
             try:
                 self._worker.check_request(admit.fingerprint, len(admit.prompt_token_ids))
                 started_at = time.monotonic()
-                num_pulled = await self._place(request)
+                admission = Admission(
+                    self._worker,
+                    admit,
+                    request.root,
+                    functools.partial(self._start_sequence, request),
+                )
+                num_pulled = await admission.place()
                 self._pending.admitted.add(
                     handle=admit.handle,
                     num_pulled_tokens=num_pulled,
@@ -149,69 +158,10 @@ class Session:
             except ValueError as error:
                 self._cancel(admit.handle, None)
                 self._reject(admit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-
-    async def _place(self, request: Request) -> int:
-        """Pulls KV and queues every sequence; returns tokens pulled for the first one.
-
-        Sequences that still agree on all tokens but the last share one pull: full blocks by
-        reference, the tail block by copy. After a resume each pulls its own.
-        """
-        states = request.admit.sequences
-        if not states:
-            raise ValueError("sequences is empty; at least one is needed")
-        prompt = list(request.admit.prompt_token_ids)
-        tokens = [*prompt, *states[0].output_token_ids]
-        blocks, num_computed = await self._pull(request, tokens)
-        # Pinned until the last fork is made: the first sequence may finish meanwhile.
-        self._worker.pool.share(blocks)
-        try:
-            self._start_sequence(request, states[0], blocks, num_computed)
-            for state in states[1:]:
-                own = [*prompt, *state.output_token_ids]
-                if own[:-1] == tokens[:-1]:
-                    forked = await self._worker.engine.fork(blocks, num_computed)
-                    self._start_sequence(request, state, forked, num_computed)
-                else:
-                    self._start_sequence(request, state, *await self._pull(request, own))
-        finally:
-            self._worker.release(blocks)
-        return num_computed
-
-    async def _pull(self, request: Request, tokens: list[int]) -> tuple[list[int], int]:
-        """Gets KV for all tokens but the last: sealed blocks, then the private tail. Owns the
-        blocks.
-        """
-        worker, admit = self._worker, request.admit
-        block_tokens = worker.block_tokens
-        num_needed = len(tokens) - 1
-        keys = block_keys(request.root, tokens[:num_needed], block_tokens)
-        blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
-        try:
-            num_pulled = await worker.pull(keys, blocks, admit.priority)
-            num_computed = num_pulled * block_tokens
-            if num_pulled == len(keys) and self._has_tail(request, num_needed):
-                tail = num_pulled
-                key = admit.handoff.tail_key
-                if await worker.pull_private(key, blocks, tail, admit.priority):
-                    num_computed = num_needed
-            return blocks, num_computed
-        except BaseException:
-            worker.release(blocks)
-            raise
-
-    def _has_tail(self, request: Request, num_needed: int) -> bool:
-        """Whether the hand-off's tail is exactly what these tokens need."""
-        admit = request.admit
-        handoff = admit.handoff
-        if not handoff.tail_key or handoff.num_tokens != num_needed:
-            return False
-        prompt = admit.prompt_token_ids[: handoff.num_tokens]
-        identity = prefix_identity(request.root, prompt, self._worker.block_tokens)
-        if identity != handoff.identity:
-            failures = self._worker.telemetry.instruments.kv_verify_failures
-            failures.add(1, {"reason": "identity"})
-            return False
-        return True
+            except Exception as error:  # the edge of this task: the gateway must hear of it
+                log.exception("admission of %s failed", admit.request_id)
+                self._cancel(admit.handle, None)
+                self._reject(admit.handle, grpc.StatusCode.INTERNAL, f"admission failed: {error!r}")
 
     def _start_sequence(
         self,

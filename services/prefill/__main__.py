@@ -8,8 +8,9 @@ from engine.scheduler import PrefillScheduler
 from mesh.server import ServiceServer
 from protos import prefill_pb2_grpc, status_pb2
 from services.prefill.servicer import PrefillServicer
-from services.worker import Worker, WorkerSettings
+from services.worker import Worker
 from services.worker_process import run_worker
+from services.worker_settings import WorkerSettings
 
 
 def _scheduler(settings: WorkerSettings) -> PrefillScheduler:

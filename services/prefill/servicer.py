@@ -12,9 +12,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
-from engine.engine import StepItem, StepOutcome
 from engine.sequence import Sequence as EngineSequence
-from engine.sequence import SequenceState, finish_reason_for
+from engine.sequence import SequenceState, StepItem, StepOutcome, finish_reason_for
 from kv.block import block_keys, prefix_identity
 from mesh.errors import Internal
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
@@ -186,7 +185,7 @@ class Prompt:
         tail_key = b""
         if tail_len and self._request.tail_key and self._request_decodes:
             tail_block = self._sequence.blocks[num_tokens // worker.block_tokens]
-            await worker.engine.call(worker.runner.cache.zero_block_tail, tail_block, tail_len)
+            await worker.on_settled(worker.runner.cache.zero_block_tail, tail_block, tail_len)
             key = self._request.tail_key
             sealed = await worker.store.publish(
                 [key], [tail_block], is_private=True, deadline_s=PUBLISH_DEADLINE_S

@@ -95,9 +95,13 @@ def test_abort_ends_with_a_finished_message_and_usage(fresh_mesh: Mesh) -> None:
 
 def test_a_full_store_costs_only_recomputation(tiny_model: object) -> None:
     prompt = list(range(200))
-    with running_mesh(tiny_model, store_bytes="160KiB") as small:  # type: ignore[arg-type]
+    # Two slots of 32 KiB for a prompt of three full blocks and a tail.
+    with running_mesh(tiny_model, store_bytes="64KiB") as small:  # type: ignore[arg-type]
         full = generate(small, greedy_request(prompt, 70))
-        assert full.tokens[0] == generate(small, greedy_request(prompt, 70)).tokens[0]
+        again = generate(small, greedy_request(prompt, 70))
+        assert full.tokens[0] == again.tokens[0]
+        assert again.usage is not None and again.usage.num_cached_tokens < 192
+        assert small.status(small.kvstores[0].address).counts.num_blocks == 2
     with running_mesh(tiny_model) as roomy:  # type: ignore[arg-type]
         assert generate(roomy, greedy_request(prompt, 70)).tokens == full.tokens
 

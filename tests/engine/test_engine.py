@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.engine import EngineClosedError, StepOutcome
+from engine.engine import EngineClosedError
 from engine.plan import FinishReason, SamplingParams, StoppingParams
 from engine.scheduler import DecodeScheduler, PrefillScheduler
-from engine.sequence import Sequence, SequenceState
+from engine.sequence import Sequence, SequenceState, StepOutcome
 from tests.support.engine_bench import (
     BLOCK_TOKENS,
     is_over,

@@ -6,12 +6,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
-from engine.engine import Engine, StepItem, StepOutcome
-from engine.plan import Chunk, ChunkResult, SamplingParams, StoppingParams
+from engine.engine import Engine
+from engine.plan import Chunk, ChunkResult, SamplingParams, Step, StoppingParams
 from engine.scheduler import DecodeScheduler, Scheduler
-from engine.sequence import Sequence, SequenceState
+from engine.sequence import Sequence, SequenceState, StepItem, StepOutcome
 
 BLOCK_TOKENS = 4
 
@@ -42,6 +43,14 @@ class FakeCache:
             self.slots[other] = list(self.slots[one])
 
 
+@dataclass(frozen=True)
+class FakeStep:
+    results: list[ChunkResult]
+    is_done: bool = True
+    forward_s: float = 0.0
+    sample_s: float = 0.0
+
+
 class FakeRunner:
     """Writes tokens as KV and samples from what it reads back through the block table."""
 
@@ -50,14 +59,22 @@ class FakeRunner:
         self.during_step: Callable[[], None] = lambda: None
         self.batch_lens: list[list[int]] = []
 
-    def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
+    def launch(self, chunks: list[Chunk], previous: Step | None) -> FakeStep:
         self.batch_lens.append([len(chunk.token_ids) for chunk in chunks])
         for chunk in chunks:
-            for position, token in enumerate(chunk.token_ids, chunk.start):
+            token_ids = chunk.token_ids
+            if chunk.follows is not None:
+                assert isinstance(previous, FakeStep)
+                token_ids = list(previous.results[chunk.follows].token_ids)
+            for position, token in enumerate(token_ids, chunk.start):
                 block = chunk.blocks[position // BLOCK_TOKENS]
                 self.cache.slots[block][position % BLOCK_TOKENS] = token
         self.during_step()
-        return [self._sample(chunk) for chunk in chunks]
+        return FakeStep([self._sample(chunk) for chunk in chunks])
+
+    def results(self, step: Step) -> list[ChunkResult]:
+        assert isinstance(step, FakeStep)
+        return step.results
 
     def _sample(self, chunk: Chunk) -> ChunkResult:
         if chunk.sample is None:

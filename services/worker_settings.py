@@ -1,0 +1,37 @@
+"""The flags that a prefill and a decode process share. Owns names, defaults and limits only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.settings import ServiceSettings, setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings(ServiceSettings):
+    """Flags shared by `services.prefill` and `services.decode`."""
+
+    model: Path = setting(Path("models/demo"), group="model", help="directory with config.json")
+    model_name: str = setting("", group="model", help="public name; default: the directory's name")
+    dtype: str = setting(
+        "auto",
+        group="model",
+        help="weights and KV; auto is fp32 on cpu, bf16 on cuda",
+        choices=("auto", "fp32", "bf16"),
+    )
+    device: str = setting("cpu", group="model", help="where tensors live", choices=("cpu", "cuda"))
+    kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
+    kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
+    block_tokens: int = setting(64, group="memory", help="tokens per block", minimum=8, maximum=256)
+    max_batch: int = setting(64, group="scheduling", help="most sequences per step", minimum=1)
+    chunk_tokens: int = setting(
+        512, group="scheduling", help="most prompt tokens computed per step", minimum=16
+    )
+
+    def __post_init__(self) -> None:
+        """ValueError for what this version cannot do."""
+        if self.device == "cuda":
+            raise ValueError(
+                "device cuda: not yet; blocks move between host memories only, use cpu"
+            )
