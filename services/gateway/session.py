@@ -7,9 +7,10 @@ Dispatches a step's outputs in one pass; never waits for a client and never touc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import grpc
@@ -28,6 +29,7 @@ from services.gateway.instance import Instance
 
 log = logging.getLogger("kvmesh.gateway")
 
+END = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue] - grpcio's types lack it
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
 _REJECTIONS: Mapping[int, type[KvmeshError]] = {
@@ -119,7 +121,8 @@ class RankSession:
     async def _hold_stream(self) -> bool:
         """Opens the stream and reads it to its end; returns whether it was ever open."""
         self._commands = asyncio.Queue()
-        call = self._stub.Session(_sent(self._commands))
+        call = self._stub.Session()
+        writer: asyncio.Task[None] | None = None
         error = self._lost("the rank ended the session")
         was_open = False
 
@@ -133,7 +136,8 @@ class RankSession:
                 was_open = self._is_open = True
                 log.info("session with %s is open", self.instance.address)
                 self._on_change()
-                async for response in call:
+                writer = asyncio.ensure_future(_write(call, self._commands))
+                while (response := await call.read()) is not END:
                     self._dispatch(response)
         except grpc.RpcError as rpc_error:
             error = self._lost(str(from_rpc_error(rpc_error)))
@@ -144,6 +148,8 @@ class RankSession:
             self._lost_reason = ""
         finally:
             call.cancel()
+            if writer is not None:
+                writer.cancel()
             self._end(error)
         return was_open
 
@@ -183,11 +189,14 @@ class RankSession:
         )
 
 
-async def _sent(
+async def _write(
+    call: grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
     commands: asyncio.Queue[decode_pb2.SessionRequest],
-) -> AsyncIterator[decode_pb2.SessionRequest]:
-    while True:
-        yield await commands.get()
+) -> None:
+    """Sends commands until the call is over; the reader hears why."""
+    with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(await commands.get())
 
 
 def _rejection(rejected: decode_pb2.Rejected) -> KvmeshError:
