@@ -1,7 +1,8 @@
 """What a step is told and what it answers: frozen values between scheduler, runner and sampler.
 
 Owns no state and no tensors; the scheduler builds a `Chunk` per scheduled sequence, the runner
-answers with a `ChunkResult` per chunk, in order.
+answers with a `ChunkResult` per chunk, in order. Nothing is changed once made; what is made per row
+and step is not frozen, as that costs 2 microseconds each, a millisecond of a step of 256 rows.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class PositionLogprobs:
     top: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SampleRequest:
     """Asks for one next token per seed from the distribution after the chunk's last token.
 
@@ -85,7 +86,7 @@ class SampleRequest:
     num_pending: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Chunk:
     """Tokens of one sequence to compute in this step.
 
@@ -108,7 +109,7 @@ class Chunk:
     prompt_len: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class ChunkResult:
     """One token per seed (empty when the chunk did not sample), with logprobs when asked for."""
 

@@ -27,6 +27,10 @@ STEP_S = (
     0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06,
     0.08, 0.12, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12,
 )  # fmt: skip
+PART_S = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
+    0.1, 0.25, 0.5, 1.0, 2.5,
+)  # fmt: skip
 TRANSFER_S = (
     0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
     1.0, 2.5, 5.0, 10.0,
@@ -44,6 +48,8 @@ class Instruments:
     decode_step_tokens: Histogram
     decode_step_duration: Histogram
     decode_step_sequences: Histogram
+    decode_step_part_duration: Histogram
+    decode_step_gap: Histogram
     decode_tokens: Counter
     kv_transfer_duration: Histogram
     kv_transfer_io: Counter
@@ -81,6 +87,15 @@ def declare(meter: Meter) -> Instruments:
         ),
         decode_step_sequences=histogram(
             "kvmesh.decode.step.sequences", "{sequence}", "sequences in a decode step", COUNTS
+        ),
+        decode_step_part_duration=histogram(
+            "kvmesh.decode.step.part.duration",
+            "s",
+            "one {part} of a decode step: schedule, forward, sample or emit",
+            PART_S,
+        ),
+        decode_step_gap=histogram(
+            "kvmesh.decode.step.gap", "s", "nothing computed between two decode steps", PART_S
         ),
         decode_tokens=counter("kvmesh.decode.tokens", "{token}", "generated {disposition}"),
         kv_transfer_duration=histogram(

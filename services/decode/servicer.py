@@ -69,7 +69,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         instruments.decode_step_tokens.record(num_tokens)
         instruments.decode_step_sequences.record(len(outcome.items))
         instruments.decode_step_duration.record(outcome.duration_s)
+        for part, duration_s in (
+            ("schedule", outcome.schedule_s),
+            ("forward", outcome.forward_s),
+            ("sample", outcome.sample_s),
+            ("emit", outcome.emit_s),
+        ):
+            instruments.decode_step_part_duration.record(duration_s, {"part": part})
+        instruments.decode_step_gap.record(outcome.gap_s)
         instruments.decode_tokens.add(num_tokens, {"disposition": "delivered"})
+        if outcome.num_discarded:
+            instruments.decode_tokens.add(outcome.num_discarded, {"disposition": "discarded"})
 
     def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
         for sequence in sequences:

@@ -37,6 +37,10 @@ def test_a_request_is_one_trace_over_four_processes(tiny_model: Path) -> None:
             )
             point = receiver.metric_points("kvmesh.decode.step.tokens")[-1]
             assert point.service == "kvmesh-decode" and point.sum == 7
+            parts = receiver.metric_points("kvmesh.decode.step.part.duration")
+            names = {point.attributes["part"] for point in parts}
+            assert names == {"schedule", "forward", "sample", "emit"}
+            assert receiver.metric_points("kvmesh.decode.step.gap")[-1].count == 7
     finally:
         receiver.close()
 

@@ -36,6 +36,59 @@ async def test_outputs_equal_the_model_alone_and_blocks_return() -> None:
         assert max(map(sum, bench.runner.batch_lens)) <= 8 + 8
 
 
+async def test_a_step_is_launched_before_the_tokens_it_continues_are_known() -> None:
+    async with running(32) as bench:
+        short, long = sequence(1, [1, 2, 3], 2), sequence(2, [4, 5, 6], 6)
+        bench.engine.add(short)
+        bench.engine.add(long)
+        await bench.until(is_over(short, long))
+        # The place of each open token in the step before: `short` ends and `long` moves up.
+        assert bench.runner.follows[:4] == [[None, None], [0, 1], [1], [0]]
+        assert len(bench.runner.follows) == 6, "a step was computed for nobody"
+
+
+async def test_a_token_that_ends_its_sequence_is_followed_by_one_discarded_token() -> None:
+    async with running(32) as bench:
+        tokens = undisturbed([1, 2, 3], 9)
+        first = tokens.index(tokens[4])
+        one = sequence(1, [1, 2, 3], 9, stop_token_ids=frozenset({tokens[4]}))
+        discarded: list[int] = []
+        bench.after_step = lambda outcome: discarded.append(outcome.num_discarded)
+        bench.engine.add(one)
+        await bench.until(is_over(one))
+        await bench.until(lambda: sum(discarded) == 1)
+        assert one.output_token_ids == tokens[: first + 1]
+        assert one.finish_reason is FinishReason.STOP_TOKEN
+        assert bench.pool.num_free == 32
+
+
+async def test_a_failing_step_costs_the_step_behind_it_no_token_of_others() -> None:
+    async with running(32) as bench:
+        first, second = sequence(1, [1, 2], 8), sequence(2, [3, 4], 8)
+        calls: list[int] = []
+
+        def act() -> None:
+            if not calls:
+                bench.engine.add(second)
+            calls.append(1)
+            if len(calls) == 3:
+                bench.engine.drop(first)
+                raise ArithmeticError("NaN")
+
+        bench.on_loop_during_steps(act)
+        bench.engine.add(first)
+        third = sequence(3, [5, 6], 8)
+        await bench.until(lambda: bool(bench.failures))
+        bench.engine.add(third)
+        await bench.until(is_over(third))
+        assert [s.state for s in (first, second)] == [
+            SequenceState.DROPPED,
+            SequenceState.FAILED,
+        ]
+        assert third.output_token_ids == undisturbed([5, 6], 8)
+        assert bench.pool.num_free == 32
+
+
 async def test_a_tiny_pool_preempts_and_changes_no_token() -> None:
     async with running(6) as bench:
         bench.after_step = lambda outcome: bench.engine.check()

@@ -56,11 +56,13 @@ class FakeRunner:
 
     def __init__(self, num_blocks: int) -> None:
         self.cache = FakeCache(num_blocks)
+        self.follows: list[list[int | None]] = []
         self.during_step: Callable[[], None] = lambda: None
         self.batch_lens: list[list[int]] = []
 
     def launch(self, chunks: list[Chunk], previous: Step | None) -> FakeStep:
         self.batch_lens.append([len(chunk.token_ids) for chunk in chunks])
+        self.follows.append([chunk.follows for chunk in chunks])
         for chunk in chunks:
             token_ids = chunk.token_ids
             if chunk.follows is not None:
@@ -99,7 +101,7 @@ class Bench:
             self.pool,
             scheduler,
             on_step=self._on_step,
-            on_failure=lambda sequences, error: self.failures.append((sequences, error)),
+            on_failure=self._on_failure,
         )
         self._moved = asyncio.Event()
 
@@ -108,8 +110,12 @@ class Bench:
         self.after_step(outcome)
         self._moved.set()
 
+    def _on_failure(self, sequences: list[Sequence], error: BaseException) -> None:
+        self.failures.append((sequences, error))
+        self._moved.set()
+
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Waits until a step has made condition true."""
+        """Waits until a step, or its failure, has made condition true."""
         while not condition():
             self._moved.clear()
             await asyncio.wait_for(self._moved.wait(), 10)
