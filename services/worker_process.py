@@ -25,7 +25,7 @@ from services.worker_settings import WorkerSettings
 
 log = logging.getLogger("kvmesh.worker")
 
-SWITCH_INTERVAL_S = 0.0005
+SWITCH_INTERVAL_S = 0.00005  # see docs/decisions/0005-one-step-ahead.md
 
 
 class WorkerServicer(Protocol):
@@ -56,7 +56,7 @@ def run_worker(
 ) -> None:
     """Parses flags and runs the process until it is told to stop."""
     settings = parse_settings(WorkerSettings, f"python -m services.{name}")
-    # The engine thread needs the interpreter between two operations: the loop yields it soon.
+    # The engine thread needs the interpreter between two operations: the loop must yield it soon.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     setup_logging(settings.log_format, settings.log_level, name)
 
