@@ -146,10 +146,10 @@ class Worker:
                 "prompt_token_ids", f"{prompt_len} tokens; this worker holds 1 to {limit}"
             )
 
-    async def pull(self, keys: list[bytes], blocks: list[int], priority: int) -> int:
+    async def pull(self, keys: list[bytes], blocks: list[int]) -> int:
         """Pulls the longest sealed prefix of keys into `blocks`; returns how many are verified.
 
-        Blocks that a late READ may still write are replaced in `blocks` and quarantined.
+        Blocks that a late READ may still write are quarantined; `blocks` ends before the first.
         """
         if not keys:
             return 0
@@ -157,16 +157,16 @@ class Worker:
         result = await self.store.pull(
             keys, blocks[: len(keys)], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
         )
-        await self._replace(blocks, held, priority)
+        self._drop_held(blocks, held)
         return result.num_blocks
 
-    async def pull_private(self, key: bytes, blocks: list[int], index: int, priority: int) -> bool:
+    async def pull_private(self, key: bytes, blocks: list[int], index: int) -> bool:
         """Pulls a private tail into blocks[index]; the store drops it afterwards."""
         held: list[int] = []
         pulled = await self.store.pull_private(
             key, blocks[index], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
         )
-        await self._replace(blocks, held, priority)
+        self._drop_held(blocks, held)
         return pulled
 
     def quarantine(self, block_ids: list[int], settled: asyncio.Future[None]) -> None:
@@ -247,13 +247,16 @@ class Worker:
 
         return hold
 
-    async def _replace(self, blocks: list[int], held: list[int], priority: int) -> None:
-        if not held:
-            return
-        fresh = await self.engine.allocate(len(held), priority)
-        for block, new in zip(held, fresh, strict=True):
-            blocks[blocks.index(block)] = new
-        self.pool.free(held)
+    def _drop_held(self, blocks: list[int], held: list[int]) -> None:
+        """Cuts `blocks` before the first one held: what follows is allocated again by the engine.
+
+        Waiting here for others, while holding the rest, could block two requests for ever.
+        """
+        if held:
+            first = min(blocks.index(block) for block in held)
+            dropped = blocks[first:]
+            del blocks[first:]
+            self.release(dropped)
 
     async def _digest(self, block_ids: list[int]) -> list[int]:
         return await self.on_settled(self.runner.cache.digest, block_ids)

@@ -78,12 +78,12 @@ class Admission:
         keys = block_keys(self._root, tokens[:num_needed], block_tokens)
         blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
         try:
-            num_pulled = await worker.pull(keys, blocks, admit.priority)
+            num_pulled = await worker.pull(keys, blocks)
             num_computed = num_pulled * block_tokens
             if num_pulled == len(keys) and self._has_tail(num_needed):
                 tail = num_pulled
                 key = admit.handoff.tail_key
-                if await worker.pull_private(key, blocks, tail, admit.priority):
+                if await worker.pull_private(key, blocks, tail):
                     num_computed = num_needed
             return blocks, num_computed
         except BaseException:

@@ -111,7 +111,7 @@ class Prompt:
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
         with worker.telemetry.tracer.start_as_current_span("prefill.pull"):
-            num_pulled = await worker.pull(self._keys[:num_reusable], blocks, request.priority)
+            num_pulled = await worker.pull(self._keys[:num_reusable], blocks)
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         self._num_published = num_pulled
