@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from opentelemetry import trace
 
-from mesh.errors import Unavailable, domain_error, to_rpc_status
+from mesh.errors import Unavailable, domain_error, invalid, to_rpc_status
 from mesh.telemetry import Telemetry
 
 # Calls that live as long as a process, or are asked for every second, are no part of a trace.
@@ -64,7 +66,10 @@ class ServicerEdge(grpc.aio.ServerInterceptor):
             make, inner = grpc.stream_unary_rpc_method_handler, call.unary(handler.stream_unary)
         else:
             make, inner = grpc.unary_unary_rpc_method_handler, call.unary(handler.unary_unary)
-        return make(inner, handler.request_deserializer, handler.response_serializer)
+        deserializer = handler.request_deserializer
+        if deserializer is not None and not handler.request_streaming:
+            deserializer = functools.partial(_parsed, deserializer)
+        return make(inner, deserializer, handler.response_serializer)
 
 
 class _Call:
@@ -81,7 +86,7 @@ class _Call:
         async def handle(request: Any, context: Any) -> Any:
             with self._span() as span:
                 try:
-                    return await inner(request, context)
+                    return await inner(_checked(request), context)
                 except (Exception, asyncio.CancelledError) as error:
                     await _fail(context, span, error)
 
@@ -93,7 +98,7 @@ class _Call:
         async def handle(request: Any, context: Any) -> None:
             with self._span() as span:
                 try:
-                    responses = inner(request, context)
+                    responses = inner(_checked(request), context)
                     if not hasattr(responses, "aclose"):
                         await responses
                         return
@@ -119,6 +124,26 @@ class _Call:
             record_exception=False,
             set_status_on_exception=False,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """In place of a request that could not be parsed: grpc has no status for that."""
+
+    error: Exception
+
+
+def _parsed(deserializer: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return deserializer(data)
+    except Exception as error:  # protobuf's own kind of error differs by implementation
+        return _Malformed(error)
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise invalid("request", f"cannot be parsed: {request.error}")
+    return request
 
 
 async def _fail(context: Any, span: trace.Span, error: BaseException) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kv.errors import TransferError, TransferTimeout
 from kv.transfer import Agent, OnLate, Transfer
@@ -26,6 +27,7 @@ RPC_TIMEOUT_S = 2.0
 UNKNOWN_INCARNATION = "UNKNOWN_INCARNATION"
 _FIRST_BACK_OFF_S, _LAST_BACK_OFF_S = 0.2, 2.0
 _STABLE_S = 10.0  # up for this long: the next loss starts with a short back-off again
+_HEARTBEAT_S = 1.0
 _HUNG_S = 1.0  # a transfer that had at least this long and is not over: the data path hangs
 
 
@@ -65,12 +67,32 @@ class Shard:
             if await self._connect():
                 self.attempted.set()
                 up_at = time.monotonic()
-                await self._lost.wait()
+                await self._watch()
                 if time.monotonic() - up_at > _STABLE_S:
                     back_off_s = _FIRST_BACK_OFF_S
             self.attempted.set()
             await asyncio.sleep(back_off_s)
             back_off_s = min(_LAST_BACK_OFF_S, 2 * back_off_s)
+
+    async def _watch(self) -> None:
+        """Returns when the store is lost. Asks it now and then: a frozen one is noticed by this
+        worker before a request has to.
+        """
+        health = health_pb2_grpc.HealthStub(self._channel)
+        while not self._lost.is_set():
+            try:
+                await asyncio.wait_for(self._lost.wait(), _HEARTBEAT_S)
+                return
+            except TimeoutError:
+                pass
+            try:
+                await health.Check(  # pyright: ignore[reportAttributeAccessIssue]
+                    health_pb2.HealthCheckRequest(), timeout=RPC_TIMEOUT_S
+                )
+            except grpc.aio.AioRpcError as failure:
+                error = from_rpc_error(failure)
+                if _is_loss(error, had_full_time=True):
+                    self._lose(f"heartbeat: {error}", is_path_broken=False)
 
     async def call(
         self, name: str, request: Any, deadline_s: float, *, even_down: bool = False

@@ -7,7 +7,7 @@ in defaults.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from google.protobuf.message import Message
 
@@ -54,8 +54,10 @@ def check_count(field: str, items: Collection[object], limit: int) -> None:
         raise invalid(field, f"has {len(items)} entries, the limit is {limit}")
 
 
-def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def check_token_ids(field: str, token_ids: Collection[int], vocab_size: int) -> None:
     """Every id must lie in the vocabulary; the refusal names the first bad entry."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise invalid(

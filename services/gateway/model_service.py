@@ -5,14 +5,13 @@ Owns the edge to clients; never talks to the workers.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from mesh.errors import invalid
 from protos import gateway_pb2, gateway_pb2_grpc
 from services.gateway import limits
 from services.gateway.router import Router
-from services.gateway.tokenizer import MAX_INLINE_LEN, Tokenizer
+from services.gateway.tokenizer import Tokenizer
 from services.gateway.validation import chat_messages, check_model
 
 if TYPE_CHECKING:
@@ -80,8 +79,5 @@ class ModelServicer(gateway_pb2_grpc.ModelServiceServicer):
         limits.check_token_ids("token_ids", request.token_ids, model.vocab_size)
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
         ids = list(request.token_ids)
-        if len(ids) <= MAX_INLINE_LEN:
-            text = self._tokenizer.decode(ids, skip_special_tokens=skip)
-        else:
-            text = await asyncio.to_thread(self._tokenizer.decode, ids, skip_special_tokens=skip)
+        text = await self._tokenizer.decode_long(ids, skip_special_tokens=skip)
         return gateway_pb2.DetokenizeResponse(text=text)

@@ -55,7 +55,12 @@ class Gateway:
             max_attempts=settings.max_attempts,
         )
         self._status = MeshStatus(self.router, self.registry, incarnation, lambda: self.is_ready)
-        self._server = ServiceServer(host=settings.host, port=settings.port, telemetry=telemetry)
+        self._server = ServiceServer(
+            host=settings.host,
+            port=settings.port,
+            telemetry=telemetry,
+            max_message_bytes=settings.max_request_bytes,
+        )
         self._admin = ServiceServer(
             host=settings.host, port=settings.admin_port, telemetry=telemetry
         )

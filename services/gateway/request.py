@@ -124,15 +124,17 @@ class Request:
 
     async def _tokenize(self) -> None:
         prompt, tokenizer = self._valid.prompt, self._backend.tokenizer
+        context_len = self._model.context_len
         if prompt.messages:
+            texts = (content for _, content in prompt.messages)
+            tokenizer.check_len("chat.messages", texts, context_len)
             ids = await tokenizer.encode_chat(prompt.messages)
         elif prompt.text:
+            tokenizer.check_len("text", (prompt.text,), context_len)
             ids = await tokenizer.encode(prompt.text)
         else:
             ids = list(prompt.token_ids)
-        self._max_new_tokens = validation.max_new_tokens(
-            self._valid, len(ids), self._model.context_len
-        )
+        self._max_new_tokens = validation.max_new_tokens(self._valid, len(ids), context_len)
         self._prompt_token_ids = ids
         self._ledger.num_prompt_tokens = len(ids)
 

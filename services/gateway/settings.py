@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.settings import ServiceSettings, setting
+from mesh.channel import MAX_MESSAGE_BYTES
+from mesh.settings import ServiceSettings, parse_bytes, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,14 @@ class GatewaySettings(ServiceSettings):
     )
     max_live_requests: int = setting(
         1024, group="admission", help="requests in flight; more are refused", minimum=1
+    )
+    max_request_bytes: int = setting(
+        4 * 2**20,
+        group="admission",
+        help="longest public message; longer ones end with RESOURCE_EXHAUSTED",
+        parse=parse_bytes,
+        minimum=2**16,
+        maximum=MAX_MESSAGE_BYTES,
     )
     max_attempts: int = setting(
         3, group="admission", help="tries per phase of a request", minimum=1, maximum=10

@@ -7,9 +7,12 @@ tokenizer class directly, because the Auto classes pull torch in where it is ins
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +21,12 @@ from services.gateway.detokenizer import ByteLevelDetokenizer, Detokenizer, Wind
 
 # Longer texts are tokenized on a thread; shorter ones take less time than the hop.
 MAX_INLINE_LEN = 2048
+# Long texts at a time. Those whose caller has gone leave the queue; one that has begun runs on.
+_NUM_THREADS = 2
+# Normalisers may shorten a text before it is split: three combined characters become one, not more.
+_NORMALISED = 4
 
+T = TypeVar("T")
 ChatMessages = Sequence[tuple[str, str]]
 
 
@@ -33,6 +41,10 @@ class Tokenizer:
         self._is_byte_level = _is_byte_level(self._backend.to_str())
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tokenizer")
+        # A byte-level vocabulary has a character per byte; other kinds may merge without a limit.
+        vocab = self._backend.get_vocab() if self._is_byte_level else {}
+        self._longest_token_len = max(map(len, vocab), default=0)
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer:
@@ -48,11 +60,22 @@ class Tokenizer:
         """Whether the model can take chat prompts."""
         return bool(self._tokenizer.chat_template)
 
+    def check_len(self, field: str, texts: Iterable[str], context_len: int) -> None:
+        """Refuses, without tokenizing it, what cannot fit context_len tokens."""
+        if not self._longest_token_len:
+            return
+        num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+        limit = context_len * self._longest_token_len * _NORMALISED
+        if num_bytes > limit:
+            raise invalid(
+                field, f"is {num_bytes} bytes long; {context_len} tokens hold at most {limit}"
+            )
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; long texts are tokenized off the event loop."""
         if len(text) <= MAX_INLINE_LEN:
             return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        return await self._on_thread(self._encode, text, add_special_tokens)
 
     async def encode_chat(self, messages: ChatMessages) -> list[int]:
         """Token ids of a conversation with the template's generation prompt.
@@ -64,7 +87,14 @@ class Tokenizer:
             raise invalid("chat", "the model has no chat template; send text or token_ids")
         if sum(len(content) for _, content in messages) <= MAX_INLINE_LEN:
             return self._encode_chat(messages)
-        return await asyncio.to_thread(self._encode_chat, messages)
+        return await self._on_thread(self._encode_chat, messages)
+
+    async def decode_long(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """As `decode`, off the event loop when there are many ids."""
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        if len(token_ids) <= MAX_INLINE_LEN:
+            return decode(token_ids)
+        return await self._on_thread(decode, token_ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of all ids; undecodable bytes become U+FFFD, unknown ids nothing."""
@@ -91,6 +121,9 @@ class Tokenizer:
         if text is None:
             text = self._texts[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
+
+    async def _on_thread(self, fn: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, fn, *args)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mesh import kvstore_shard
+from mesh.health import HealthServicer
 from mesh.kvstore_client import KvStoreClient
 from tests.mesh.fake_kvstore import (
     NUM_BLOCKS,
@@ -50,6 +52,27 @@ async def test_a_corrupt_block_and_all_after_it_are_dropped_and_reported(mesh: M
     await mesh.close()
     assert [key for store in mesh.stores for key in store.corrupt] == [keys[5]]
     assert mesh.count("kvmesh.kv.verify.failures") == {"digest": 1}
+
+
+async def test_a_frozen_store_is_noticed_before_a_request_asks_it(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    noticed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def explain(shard: kvstore_shard.Shard, reason: str) -> None:
+        if not noticed.done():
+            noticed.set_result(f"{shard.state.value}, {reason}")
+
+    monkeypatch.setattr(kvstore_shard, "_HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(kvstore_shard, "RPC_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(kvstore_shard.Shard, "_explain", explain)
+    monkeypatch.setattr(HealthServicer, "Check", never)
+    await mesh.started()
+    assert (await asyncio.wait_for(noticed, PATIENCE_S)).startswith("down, heartbeat")
+    assert mesh.stores[0].num_keys_asked == []
 
 
 async def test_blocks_under_a_late_read_are_held_until_it_settles(mesh: Mesh) -> None:

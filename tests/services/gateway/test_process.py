@@ -50,6 +50,26 @@ async def test_long_texts_tokenize_like_short_ones(model_dir: Path) -> None:
     assert await tokenizer.encode_chat([("user", text)]) == list(f"user: {text}\n".encode())
 
 
+async def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = await make_rig()
+    monkeypatch.setattr(Tokenizer, "_encode", lambda *_: pytest.fail("was tokenized"))
+    for field, request in (
+        ("text", gateway_pb2.GenerateRequest(text="x" * 2**20)),
+        ("chat.messages", gateway_pb2.GenerateRequest(chat=as_chat("y" * 2**20))),
+    ):
+        error = await rig.refusal(request)
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"{field}: is 1048576 bytes long" in (error.details() or "")
+    too_long = gateway_pb2.GenerateRequest(text="x" * (5 * 2**20))
+    assert (await rig.refusal(too_long)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def as_chat(content: str) -> gateway_pb2.ChatPrompt:
+    return gateway_pb2.ChatPrompt(messages=[gateway_pb2.ChatMessage(role="user", content=content)])
+
+
 def test_a_client_that_does_not_read_gets_one_long_delta(model_dir: Path) -> None:
     tokenizer = Tokenizer.load(model_dir)
     sequence = Sequence(
