@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -21,7 +22,8 @@ from pathlib import Path
 from kvmesh.client import AsyncClient
 from kvmesh.console import table
 from kvmesh.launcher import Launcher, LaunchError
-from kvmesh.plan import MeshOptions, PlanError, plan_mesh
+from kvmesh.options import MeshOptions, PlanError
+from kvmesh.plan import plan_mesh
 from mesh.errors import KvmeshError
 
 
@@ -69,13 +71,16 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument("--requests", type=int, default=64, help="number of requests")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight at once")
-    parser.add_argument("--prompt-tokens", type=int, default=128, help="prompt length")
-    parser.add_argument("--output-tokens", type=int, default=64, help="tokens generated each")
-    parser.add_argument(
-        "--shared-prefix", type=int, default=0, help="leading tokens equal in all prompts"
-    )
+    for flag, default, minimum, help_text in (
+        ("--requests", 64, 1, "number of requests"),
+        ("--concurrency", 8, 1, "requests in flight at once"),
+        ("--prompt-tokens", 128, 1, "prompt length"),
+        ("--output-tokens", 64, 1, "tokens generated each"),
+        ("--shared-prefix", 0, 0, "leading tokens equal in all prompts, at most all of them"),
+    ):
+        parser.add_argument(
+            flag, type=functools.partial(_number, minimum), default=default, help=help_text
+        )
     parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
     parser.add_argument("--json", action="store_true", help="the figures as JSON")
     parser.add_argument("--start", action="store_true", help="start a mesh for the run")
@@ -102,6 +107,13 @@ def run_bench(args: argparse.Namespace) -> int:
         return 1
     print(json.dumps(dataclasses.asdict(report)) if args.json else render(report))
     return 1 if report.failures else 0
+
+
+def _number(minimum: int, text: str) -> int:
+    value = int(text)
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value}; give at least {minimum}")
+    return value
 
 
 async def measure(addr: str, load: Load) -> Report:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kvmesh import bench, doctor, generate, status
 from kvmesh.client import DEFAULT_ADDR
-from kvmesh.plan import MeshOptions
+from kvmesh.options import MeshOptions
 from kvmesh.up import run_up
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -63,20 +63,7 @@ def _command(commands: argparse._SubParsersAction, name: str, help_text: str, ru
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", type=Path, default=DEMO_MODEL, help="directory in Hugging Face layout"
-    )
-    model.add_argument("--model-name", default="", help="public name; default: the directory's")
-    model.add_argument(
-        "--device", choices=("cpu",), default="cpu", help="of the workers; cuda comes later"
-    )
-    model.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of weights and KV; auto is fp32 on cpu (bf16 checkpoints too) and bf16 on cuda",
-    )
+    _add_model(parser.add_argument_group("model"))
     size = parser.add_argument_group("size of the mesh")
     for role in ("prefill", "decode", "kvstore"):
         size.add_argument(f"--{role}", type=int, default=1, metavar="N", help="number of processes")
@@ -84,15 +71,17 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--store-bytes", default="256MiB", help="KV memory of each kvstore")
     workers = parser.add_argument_group("workers")
     for flag, text in (
-        ("--block-tokens", "tokens per block"),
-        ("--max-batch", "most sequences per step"),
-        ("--chunk-tokens", "most prompt tokens computed per step"),
+        ("--block-tokens", "tokens per block, 8 to 256"),
+        ("--max-batch", "most sequences per step, at least 1"),
+        ("--chunk-tokens", "most prompt tokens computed per step, at least 16"),
     ):
         workers.add_argument(flag, type=int, metavar="N", help=text + "; default: the service's")
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="where the gateway listens")
     network.add_argument("--port", type=int, default=50051, help="public port; 0 picks a free one")
-    network.add_argument("--admin-port", type=int, help="status port; default: port + 1")
+    network.add_argument(
+        "--admin-port", type=int, help="status port; 0 picks a free one; default: port + 1"
+    )
     process = parser.add_argument_group("process")
     process.add_argument("--log-format", choices=("text", "json"), default="text", help="of logs")
     process.add_argument(
@@ -102,12 +91,30 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     process.add_argument("--sample", metavar="TEXT", help="stream one answer to TEXT when ready")
 
 
+def _add_model(model: argparse._ArgumentGroup) -> None:
+    model.add_argument(
+        "--model", type=Path, default=DEMO_MODEL, help="directory in Hugging Face layout"
+    )
+    model.add_argument("--model-name", default="", help="public name; default: the directory's")
+    model.add_argument(
+        "--device", choices=("cpu",), default="cpu", help="of the workers; cuda comes later"
+    )
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16", "fp8"),
+        default="auto",
+        help="of weights; auto is the checkpoint's FP8, else fp32 on cpu (bf16 checkpoints too)",
+    )
+    model.add_argument(
+        "--kv-dtype",
+        choices=("auto", "bf16", "fp8"),
+        default="auto",
+        help="of KV; auto is the dtype of activations",
+    )
+
+
 def mesh_options(args: argparse.Namespace) -> MeshOptions:
     """The options of `kvmesh up` out of its parsed flags."""
-    worker_flags: list[str] = []
-    for name in ("block_tokens", "max_batch", "chunk_tokens"):
-        if getattr(args, name) is not None:
-            worker_flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return MeshOptions(
         model=args.model.expanduser().resolve(),
         model_name=args.model_name,
@@ -119,12 +126,15 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         admin_port=args.admin_port,
         device=args.device,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         kv_bytes=args.kv_bytes,
         store_bytes=args.store_bytes,
+        block_tokens=args.block_tokens,
+        max_batch=args.max_batch,
+        chunk_tokens=args.chunk_tokens,
         log_format=args.log_format,
         log_level=args.log_level,
         drain_s=args.drain_s,
-        worker_flags=tuple(worker_flags),
     )
 
 

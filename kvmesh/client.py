@@ -21,6 +21,7 @@ from protos import gateway_pb2, gateway_pb2_grpc
 DEFAULT_ADDR = "127.0.0.1:50051"
 GENERATE_TIMEOUT_S = 600.0
 CALL_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 1e9  # some way below where gRPC's 64-bit nanoseconds wrap round
 MAX_MESSAGE_BYTES = 64 * 2**20
 # A pool of its own, so that closing a client closes its connection; no retries behind our back.
 CHANNEL_OPTIONS = (
@@ -29,6 +30,15 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+def check_timeout(name: str, timeout_s: float) -> float:
+    """The timeout; ValueError, with the name and the limit, for what is no deadline."""
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:  # NaN is neither
+        raise ValueError(
+            f"{name} {timeout_s}: give above 0 and at most {MAX_TIMEOUT_S:.0f} seconds"
+        )
+    return timeout_s
 
 
 class _Requests:
@@ -59,10 +69,10 @@ class Client(_Requests):
 
     def __init__(self, addr: str = DEFAULT_ADDR, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
         super().__init__()
+        self._timeout_s = check_timeout("timeout_s", timeout_s)
         self._channel = grpc.insecure_channel(addr, options=CHANNEL_OPTIONS)
         self._generation = gateway_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = gateway_pb2_grpc.ModelServiceStub(self._channel)
-        self._timeout_s = timeout_s
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Continues a text or token ids; iterate the answer for deltas."""
@@ -131,10 +141,10 @@ class AsyncClient(_Requests):
 
     def __init__(self, addr: str = DEFAULT_ADDR, *, timeout_s: float = GENERATE_TIMEOUT_S) -> None:
         super().__init__()
+        self._timeout_s = check_timeout("timeout_s", timeout_s)
         self._channel = grpc.aio.insecure_channel(addr, options=CHANNEL_OPTIONS)
         self._generation = gateway_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = gateway_pb2_grpc.ModelServiceStub(self._channel)
-        self._timeout_s = timeout_s
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncGeneration:
         """Continues a text or token ids; `async for` the answer for deltas."""

@@ -8,13 +8,14 @@ import json
 import sys
 
 from kvmesh.answer import Result, SequenceResult
-from kvmesh.client import Client
+from kvmesh.client import Client, check_timeout
 from kvmesh.console import table, usage_line
 from kvmesh.generation import Generation
 from kvmesh.request import GenerateOptions
 from mesh.errors import KvmeshError, Unavailable
 
 INTERRUPTED = 130
+BAD_FLAG = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_generate(args: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
+    try:
+        check_timeout("--timeout-s", args.timeout_s)
+    except ValueError as error:
+        print(f"kvmesh generate: {error}", file=sys.stderr)
+        return BAD_FLAG
     text = sys.stdin.read() if args.text == "-" else args.text
     options = _options(args)
     try:

@@ -1,46 +1,16 @@
 """What a mesh on this machine consists of: services, their ports and their command lines.
 
-Owns the choice of ports, threads and flags; starts nothing.
+Owns the choice of threads and flags; starts nothing. Limits and ports have modules of their own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mesh.settings import parse_bytes
-
-LOOPBACK = "127.0.0.1"
-
-
-class PlanError(Exception):
-    """The mesh cannot be started as asked; the message names the flag, the value and the limit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeshOptions:
-    """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1."""
-
-    model: Path
-    model_name: str = ""
-    num_prefill: int = 1
-    num_decode: int = 1
-    num_kvstore: int = 1
-    host: str = LOOPBACK
-    port: int = 50051
-    admin_port: int | None = None
-    device: str = "cpu"
-    dtype: str = "auto"
-    kv_bytes: str = "256MiB"
-    store_bytes: str = "256MiB"
-    log_format: str = "text"
-    log_level: str = "info"
-    drain_s: float = 10.0
-    worker_flags: tuple[str, ...] = ()
+from kvmesh.options import LOOPBACK, MeshOptions, check_options
+from kvmesh.ports import loopback_addresses, port_of, public_ports
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +45,11 @@ class MeshPlan:
 
 def plan_mesh(options: MeshOptions) -> MeshPlan:
     """The processes for these options. Raises PlanError for what cannot work."""
-    _check(options)
-    public, admin = _public_ports(options)
-    stores = _addresses(options.num_kvstore, taken={public, admin})
-    taken = {public, admin, *map(_port_of, stores)}
-    workers = _addresses(options.num_prefill + options.num_decode, taken=taken)
+    check_options(options)
+    public, admin = public_ports(options.host, options.port, options.admin_port)
+    stores = loopback_addresses(options.num_kvstore, taken={public, admin})
+    taken = {public, admin, *map(port_of, stores)}
+    workers = loopback_addresses(options.num_prefill + options.num_decode, taken=taken)
     prefills, decodes = workers[: options.num_prefill], workers[options.num_prefill :]
     return MeshPlan(
         kvstores=tuple(_store(options, stores, index) for index in range(len(stores))),
@@ -115,26 +85,6 @@ def connectable(address: str) -> str:
     return f"{LOOPBACK if host in ('0.0.0.0', '[::]', '') else host}:{port}"
 
 
-def _check(options: MeshOptions) -> None:
-    if not (options.model / "config.json").is_file():
-        raise PlanError(
-            f"--model {options.model}: no config.json there; give a directory in Hugging Face "
-            "layout (config.json, tokenizer files, *.safetensors)"
-        )
-    for flag, value in (
-        ("--prefill", options.num_prefill),
-        ("--decode", options.num_decode),
-        ("--kvstore", options.num_kvstore),
-    ):
-        if not 1 <= value <= 64:
-            raise PlanError(f"{flag} {value}: give 1 to 64")
-    for flag, text in (("--kv-bytes", options.kv_bytes), ("--store-bytes", options.store_bytes)):
-        try:
-            parse_bytes(text)
-        except ValueError as error:
-            raise PlanError(f"{flag}: {error}") from None
-
-
 def _store(options: MeshOptions, addresses: list[str], index: int) -> ServiceSpec:
     address = addresses[index]
     return ServiceSpec(
@@ -142,7 +92,7 @@ def _store(options: MeshOptions, addresses: list[str], index: int) -> ServiceSpe
         name=f"kvstore-{index}",
         address=address,
         flags=(
-            *_shared_flags(options, LOOPBACK, _port_of(address)),
+            *_shared_flags(options, LOOPBACK, port_of(address)),
             *("--kv-bytes", options.store_bytes),
         ),
     )
@@ -157,14 +107,24 @@ def _worker(
         name=f"{role}-{index}",
         address=address,
         flags=(
-            *_shared_flags(options, LOOPBACK, _port_of(address)),
+            *_shared_flags(options, LOOPBACK, port_of(address)),
             *("--model", str(options.model), "--kvstore", ",".join(stores)),
             *(("--model-name", options.model_name) if options.model_name else ()),
             *("--device", options.device, "--dtype", options.dtype),
+            *("--kv-dtype", options.kv_dtype),
             *("--kv-bytes", options.kv_bytes, "--num-threads", str(threads)),
-            *options.worker_flags,
+            *_sizes(options),
         ),
     )
+
+
+def _sizes(options: MeshOptions) -> tuple[str, ...]:
+    given = (
+        ("--block-tokens", options.block_tokens),
+        ("--max-batch", options.max_batch),
+        ("--chunk-tokens", options.chunk_tokens),
+    )
+    return tuple(word for flag, n in given if n is not None for word in (flag, str(n)))
 
 
 def _shared_flags(options: MeshOptions, host: str, port: int) -> tuple[str, ...]:
@@ -173,58 +133,3 @@ def _shared_flags(options: MeshOptions, host: str, port: int) -> tuple[str, ...]
         *("--log-format", options.log_format, "--log-level", options.log_level),
         *("--drain-s", str(options.drain_s)),
     )
-
-
-def _public_ports(options: MeshOptions) -> tuple[int, int]:
-    """Port and admin port, both free now."""
-    if options.port == 0:
-        public = _free_port(options.host, taken=set())
-        while options.admin_port is None and not _is_free(options.host, public + 1):
-            public = _free_port(options.host, taken={public})
-        return public, options.admin_port or public + 1
-    admin = options.port + 1 if options.admin_port is None else options.admin_port
-    for flag, port in (("--port", options.port), ("--admin-port", admin)):
-        if not 1 <= port <= 65535:
-            raise PlanError(f"{flag} {port}: ports are 1 to 65535")
-        if not _is_free(options.host, port):
-            raise PlanError(
-                f"{flag} {port} is taken on {options.host}: another mesh may be running "
-                "(kvmesh status); give another port, or --port 0 for any"
-            )
-    return options.port, admin
-
-
-def _addresses(count: int, *, taken: set[int]) -> list[str]:
-    """Loopback addresses with distinct free ports; all are held until the last is chosen."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            holder = stack.enter_context(socket.socket())
-            holder.bind((LOOPBACK, 0))
-            port = holder.getsockname()[1]
-            if port not in taken:
-                ports.append(port)
-    return [f"{LOOPBACK}:{port}" for port in ports]
-
-
-def _free_port(host: str, *, taken: set[int]) -> int:
-    while True:
-        with socket.socket() as holder:
-            holder.bind((host, 0))
-            port = holder.getsockname()[1]
-        if port not in taken and port < 65535:
-            return port
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def _port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])

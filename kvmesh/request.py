@@ -1,14 +1,17 @@
 """A GenerateRequest out of Python values.
 
-Owns the options' names and their place in the proto. Types are checked here, limits by the gateway.
+Owns the options' names and their place in the proto. Types and what their integers hold are checked
+here, limits by the gateway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from mesh.errors import invalid
+from google.protobuf.descriptor import FieldDescriptor
+
+from mesh.errors import InvalidArgument, invalid
 from protos import common_pb2, gateway_pb2
 
 Prompt = str | Sequence[int]
@@ -52,6 +55,12 @@ _PARTS = {
     "stopping": common_pb2.StoppingParams.DESCRIPTOR.fields_by_name,
     "output": gateway_pb2.OutputOptions.DESCRIPTOR.fields_by_name,
 }
+_RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, 2**32 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
 _TOP = ("request_id", "model", "priority", "session_id", "cache_salt")
 
 
@@ -61,7 +70,7 @@ def generate_request(
     """The request for a text, token ids or (prompt None) chat messages.
 
     Raises TypeError for an option that does not exist, InvalidArgument (with the field's path) for
-    a value of the wrong type.
+    a value of the wrong type or beyond what the field's type holds.
     """
     request = gateway_pb2.GenerateRequest()
     if messages is not None:
@@ -111,8 +120,33 @@ def _assign(message: Any, name: str, value: Any, path: str) -> None:
         elif hasattr(target, "extend"):
             if isinstance(value, str):
                 raise TypeError("a single string; give a list")
+            value = list(value)  # an iterator is read once, also when an entry is refused
             target.extend(value)
         else:
             setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        raise invalid(path, f"{value!r}: {error}") from None
+        field = message.DESCRIPTOR.fields_by_name[name]
+        raise _beyond_range(field, value, path) or invalid(path, f"{value!r}: {error}") from None
+
+
+def _beyond_range(field: FieldDescriptor, value: Any, path: str) -> InvalidArgument | None:
+    """The error for the first integer that the field's type cannot hold; None when all fit."""
+    if isinstance(value, Mapping):
+        field = field.message_type.fields_by_name["key"]
+    if field.cpp_type not in _RANGES:
+        return None
+    low, high = _RANGES[field.cpp_type]
+    for place, number in _entries(value):
+        if isinstance(number, int) and not low <= number <= high:
+            return invalid(f"{path}{place}", f"{number}; must be {low} to {high}")
+    return None
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """A value's integers, each with what follows the field's path: [index], [key] or nothing."""
+    if isinstance(value, Mapping):
+        yield from ((f"[{key}]", key) for key in value)
+    elif isinstance(value, list):
+        yield from ((f"[{index}]", entry) for index, entry in enumerate(value))
+    else:
+        yield "", value

@@ -13,7 +13,8 @@ import sys
 from kvmesh.client import DEFAULT_ADDR, AsyncClient
 from kvmesh.console import LogPrinter, usage_line
 from kvmesh.launcher import Launcher, LaunchError
-from kvmesh.plan import MeshOptions, MeshPlan, PlanError, connectable, plan_mesh
+from kvmesh.options import MeshOptions, PlanError
+from kvmesh.plan import MeshPlan, connectable, plan_mesh
 from mesh.errors import KvmeshError
 
 DEFAULT_PROMPT = "In the beginning"

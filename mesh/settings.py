@@ -137,7 +137,10 @@ def parse_bytes(text: str) -> int:
         raise ValueError(
             f"{text!r} is not a size; write a number and B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
         )
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+    num_bytes = float(match.group(1)) * _UNITS[match.group(2).upper()]
+    if num_bytes >= 2**63:
+        raise ValueError(f"{text.strip()[:40]!r} is above the greatest size, 2^63 - 1 bytes")
+    return int(num_bytes)
 
 
 def _add_flag(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import time
 
 from kv.nixl_transfer import NixlTransfer
 from mesh.logs import setup_logging
 from mesh.process import (
+    StartupError,
     announce_ready,
     new_incarnation,
     num_fds,
@@ -39,7 +41,7 @@ class KvStore:
     def __init__(self, settings: KvStoreSettings) -> None:
         self._settings = settings
         self._incarnation = new_incarnation()
-        self._arena = DramArena(settings.arena_num_bytes)
+        self._arena = _open_arena(settings)
         self._slots = SlotAllocator(self._arena.num_bytes)
         self._index = BlockIndex(
             self._slots,
@@ -153,6 +155,21 @@ class KvStore:
             "dropped": counts.num_dropped,
         }
         return [(value, {"state": state, "tier": "dram"}) for state, value in states.items()]
+
+
+def _open_arena(settings: KvStoreSettings) -> DramArena:
+    """The arena; StartupError when this machine does not have the memory."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        num_bytes = settings.arena_num_bytes
+        if num_bytes <= limit:
+            return DramArena(num_bytes)
+        reason = f"{num_bytes} bytes"
+    except MemoryError as error:
+        reason = str(error)
+    raise StartupError(
+        f"--kv-bytes {settings.kv_bytes}: {reason}; this machine has {limit} bytes of memory"
+    )
 
 
 def main() -> None:

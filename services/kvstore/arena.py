@@ -20,7 +20,10 @@ SLABS_PER_ARENA = 16
 
 
 class DramArena:
-    """Anonymous private memory, touched page by page as blocks arrive. `close` drops it."""
+    """Anonymous private memory, touched page by page as blocks arrive. `close` drops it.
+
+    MemoryError when the kernel maps no such range.
+    """
 
     def __init__(self, num_bytes: int) -> None:
         if num_bytes <= 0:
@@ -31,7 +34,7 @@ class DramArena:
                 -1, pages * mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             )
         except OSError as error:
-            raise ValueError(f"arena of {num_bytes} bytes cannot be mapped: {error}") from error
+            raise MemoryError(f"arena of {num_bytes} bytes cannot be mapped: {error}") from error
         self.num_bytes = num_bytes
         self.memory = np.frombuffer(self._mapping, dtype=np.uint8)[:num_bytes]  # [num_bytes]
 

@@ -5,6 +5,7 @@ Owns validation and translation; every decision is the index's. Bytes never pass
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 from kv.transfer import Agent
@@ -29,6 +30,7 @@ _OUTCOMES = {
     ReserveOutcome.ALREADY_RESERVED: kvstore_pb2.Reservation.OUTCOME_ALREADY_RESERVED,
     ReserveOutcome.FULL: kvstore_pb2.Reservation.OUTCOME_FULL,
 }
+log = logging.getLogger("kvmesh.kvstore")
 
 
 class Transfer(Protocol):
@@ -56,6 +58,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._agent = transfer.agent
         self._telemetry = telemetry
         self._draining = False
+        self._is_size_reported = False
 
     def drain(self) -> None:
         """Refuses new reservations and lookups; what is under way may end."""
@@ -83,9 +86,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.ReserveResponse:
         """Slots for new blocks."""
         check_keys("keys", request.keys)
-        check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
         check_ttl(request.ttl_s)
         self._callers.require(request.incarnation)
+        self._report_size(request.num_bytes)
+        check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
         self._check_open()
         answers = self._index.reserve(
             request.incarnation,
@@ -155,6 +159,18 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Drops private blocks."""
         check_keys("keys", request.keys)
         return kvstore_pb2.DiscardResponse(num_dropped=self._index.discard(request.keys))
+
+    def _report_size(self, num_bytes: int) -> None:
+        """Says once that a worker's block is larger than the arena: workers only recompute."""
+        arena_num_bytes = self._agent.arena_num_bytes
+        if num_bytes > arena_num_bytes and not self._is_size_reported:
+            self._is_size_reported = True
+            log.warning(
+                "--kv-bytes %d is less than one block of %d bytes, so nothing is stored or reused; "
+                "give more (kvmesh up: --store-bytes)",
+                arena_num_bytes,
+                num_bytes,
+            )
 
     def _check_open(self) -> None:
         if self._draining:

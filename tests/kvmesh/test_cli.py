@@ -69,6 +69,22 @@ def test_generate_names_the_refused_field(
     assert "sampling.temperature" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("timeout_s", ["-1", "nan", "0"])
+def test_generate_refuses_a_timeout_that_is_no_deadline(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str], timeout_s: str
+) -> None:
+    assert run("generate", "x", "--addr", gateway.address, "--timeout-s", timeout_s) == 2
+    assert f"--timeout-s {float(timeout_s)}: give above 0 and" in capsys.readouterr().err
+    assert not gateway.requests
+
+
+def test_generate_names_the_limit_of_a_number(
+    gateway: FakeGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", "x", "--addr", gateway.address, "--seed", "-1") == 1
+    assert "sampling.seed: -1; must be 0 to 18446744073709551615" in capsys.readouterr().err
+
+
 def test_generate_without_a_mesh_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "x", "--addr", "127.0.0.1:1") == 1
     assert "kvmesh up" in capsys.readouterr().err
@@ -127,3 +143,10 @@ def test_quantiles_are_nearest_rank() -> None:
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "usage: kvmesh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--requests", "--concurrency", "--prompt-tokens"])
+def test_bench_refuses_a_load_of_nothing(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench", flag, "0") == 2
+    error = capsys.readouterr().err
+    assert f"argument {flag}: 0; give at least 1" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import Iterator
 
@@ -122,6 +123,41 @@ def test_a_value_of_the_wrong_type_names_its_field(
     with pytest.raises(InvalidArgument) as caught:
         client.generate("p", **options)
     assert caught.value.violations[0].field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "words"),
+    [
+        ({"seed": -1}, "sampling.seed", "-1; must be 0 to 18446744073709551615"),
+        ({"seed": 2**64}, "sampling.seed", f"{2**64}; must be 0 to 18446744073709551615"),
+        ({"max_new_tokens": 99999999999}, "stopping.max_new_tokens", "to 2147483647"),
+        ({"priority": -(2**40)}, "priority", "must be -2147483648 to"),
+        ({"bad_token_ids": [3, -1]}, "sampling.bad_token_ids[1]", "-1; must be 0 to 4294967295"),
+        ({"logit_bias": {2**32: 1.0}}, "sampling.logit_bias[4294967296]", "0 to 4294967295"),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_its_limits(
+    options: GenerateOptions, field: str, words: str
+) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        generate_request("p", None, options)
+    (violation,) = caught.value.violations
+    assert violation.field == field
+    assert words in violation.description
+
+
+def test_a_token_id_out_of_range_is_named_with_its_place() -> None:
+    with pytest.raises(InvalidArgument, match=r"token_ids\.ids\[2\]: -7; must be 0 to 4294967295"):
+        generate_request([5, 6, -7], None, {})
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf"), 1e10])
+async def test_a_timeout_that_is_no_deadline_is_refused(timeout_s: float) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(
+            ValueError, match=f"timeout_s {re.escape(str(timeout_s))}: .*1000000000"
+        ):
+            kind("127.0.0.1:1", timeout_s=timeout_s)
 
 
 def test_an_unknown_option_is_named() -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import socket
 from pathlib import Path
 
 import pytest
 
-from kvmesh.plan import (
-    MeshOptions,
-    MeshPlan,
-    PlanError,
-    connectable,
-    plan_mesh,
-    threads_per_worker,
-)
+from kvmesh import options
+from kvmesh.options import MeshOptions, PlanError
+from kvmesh.plan import MeshPlan, connectable, plan_mesh, threads_per_worker
+from services.worker_settings import WorkerSettings
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text("{}")
     return tmp_path
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def flag(flags: tuple[str, ...], name: str) -> str:
@@ -64,6 +69,24 @@ def test_the_admin_port_is_the_next_one(model: Path) -> None:
     assert flag(plan.gateway.flags, "--admin-port") == str(public + 1)
 
 
+def test_an_admin_port_of_0_is_any_free_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picked = iter([50100, 50100, 50200])
+    monkeypatch.setattr("kvmesh.ports._pick", lambda host: next(picked))
+    plan = plan_mesh(MeshOptions(model=model, port=0, admin_port=0))
+    assert plan.gateway.address == "127.0.0.1:50100"
+    assert plan.admin_address == "127.0.0.1:50200"
+
+
+def test_the_free_port_is_not_the_admin_port(
+    model: Path, monkeypatch: pytest.MonkeyPatch, free_port: int
+) -> None:
+    picked = iter([free_port, 50200])
+    monkeypatch.setattr("kvmesh.ports._pick", lambda host: next(picked))
+    plan = plan_mesh(MeshOptions(model=model, port=0, admin_port=free_port))
+    assert plan.gateway.address == "127.0.0.1:50200"
+    assert plan.admin_address == f"127.0.0.1:{free_port}"
+
+
 def test_a_taken_port_is_named(model: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -78,12 +101,83 @@ def test_a_taken_port_is_named(model: Path) -> None:
     [
         ({"num_decode": 0}, "--decode 0"),
         ({"kv_bytes": "lots"}, "--kv-bytes.*lots"),
-        ({"port": 70000}, "--port 70000"),
+        ({"kv_bytes": "0"}, "--kv-bytes 0.*at least 1 byte"),
+        ({"store_bytes": "9" * 400}, "--store-bytes: .999.*greatest size"),
+        ({"port": 70000}, "--port 70000: ports are 1 to 65535"),
+        ({"port": -1}, "--port -1"),
+        ({"admin_port": 70000}, "--admin-port 70000: ports are 1 to 65535"),
+        ({"port": 65535}, "--port 65535.*--admin-port"),
+        ({"max_batch": 0}, "--max-batch 0.*at least 1"),
+        ({"chunk_tokens": 15}, "--chunk-tokens 15.*at least 16"),
+        ({"block_tokens": -3}, "--block-tokens -3: give 8 to 256"),
+        ({"block_tokens": 257}, "--block-tokens 257: give 8 to 256"),
+        ({"drain_s": -1.0}, "--drain-s -1.0.*at least 0"),
+        ({"drain_s": float("nan")}, "--drain-s nan.*at least 0"),
+        ({"drain_s": float("inf")}, "--drain-s inf"),
     ],
 )
 def test_bad_options_are_named(model: Path, changes: dict[str, object], words: str) -> None:
     with pytest.raises(PlanError, match=words):
-        plan_mesh(MeshOptions(model=model, **changes))  # type: ignore[arg-type]
+        plan_mesh(MeshOptions(model=model, **{"port": 0, **changes}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("host", ["9.9.9.9", "no-such-host.invalid", "::1"])
+@pytest.mark.parametrize("port", [0, 50051])
+def test_a_host_of_another_machine_is_named(model: Path, host: str, port: int) -> None:
+    with pytest.raises(PlanError, match=f"--host {host} is not .* this machine"):
+        plan_mesh(MeshOptions(model=model, host=host, port=port))
+
+
+def test_a_port_that_may_not_be_opened_is_not_called_taken(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(_: socket.socket, address: tuple[str, int]) -> None:
+        if address[1]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("socket.socket.bind", bind)
+    with pytest.raises(PlanError, match=r"--port 80 cannot be opened.*Permission denied"):
+        plan_mesh(MeshOptions(model=model, port=80))
+
+
+def test_one_port_cannot_be_both(model: Path, free_port: int) -> None:
+    with pytest.raises(PlanError, match=f"--admin-port {free_port} is the --port"):
+        plan_mesh(MeshOptions(model=model, port=free_port, admin_port=free_port))
+
+
+def test_memory_beyond_the_machines_is_named_with_its_sum(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmesh.options.memory_num_bytes", lambda: 8 * 2**30)
+    fits = MeshOptions(model=model, port=0, num_decode=2, kv_bytes="2GiB", store_bytes="2GiB")
+    plan_mesh(fits)
+    with pytest.raises(PlanError) as caught:
+        plan_mesh(dataclasses.replace(fits, num_kvstore=2))
+    assert str(caught.value) == (
+        "--kv-bytes 2GiB x 3 (workers) + --store-bytes 2GiB x 2 (kvstores) = "
+        f"{10 * 2**30} bytes; this machine has {8 * 2**30} bytes of memory"
+    )
+    plan_mesh(dataclasses.replace(fits, num_kvstore=2, device="cuda"))
+
+
+def test_the_limits_are_the_services_own() -> None:
+    ours = {
+        "block_tokens": (options.MIN_BLOCK_TOKENS, options.MAX_BLOCK_TOKENS),
+        "max_batch": (options.MIN_BATCH, None),
+        "chunk_tokens": (options.MIN_CHUNK_TOKENS, None),
+        "drain_s": (options.MIN_DRAIN_S, None),
+    }
+    fields = {field.name: field.metadata for field in dataclasses.fields(WorkerSettings)}
+    theirs = {name: (fields[name]["minimum"], fields[name]["maximum"]) for name in ours}
+    assert ours == theirs
+
+
+def test_sizes_of_the_workers_reach_them_and_defaults_stay_theirs(model: Path) -> None:
+    given = plan_mesh(MeshOptions(model=model, port=0, block_tokens=16, max_batch=1))
+    for spec in given.workers:
+        assert flag(spec.flags, "--block-tokens") == "16"
+        assert flag(spec.flags, "--max-batch") == "1"
+        assert "--chunk-tokens" not in spec.flags
 
 
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:

@@ -89,8 +89,13 @@ def test_a_service_that_cannot_start_ends_the_mesh_with_its_words(folder: Path) 
     assert "cannot find the model" in errors
 
 
-def test_bad_flags_exit_two_with_the_flag(folder: Path) -> None:
-    up = Up(folder, "ready", "--decode", "0")
+@pytest.mark.parametrize(
+    "flags",
+    ["--decode 0", "--admin-port 70000", "--max-batch 0", "--drain-s nan", "--host 9.9.9.9"],
+)
+def test_bad_flags_exit_two_with_the_flag_before_anything_starts(folder: Path, flags: str) -> None:
+    up = Up(folder, "ready", *flags.split())
     _, errors = up.process.communicate(timeout=60)
     assert up.process.returncode == 2
-    assert "--decode 0" in errors
+    assert errors.startswith(f"kvmesh up: {flags}")
+    assert not up.journal.exists()

@@ -1,0 +1,105 @@
+"""The flags of `kvmesh up` and what they may be.
+
+Owns the limits, so that a value that cannot work is refused before anything is spawned. Those of
+sizes are the services' own (mesh/settings.py, services/worker_settings.py), which the face never
+imports. Ports are not looked at here: whether one is free is the business of kvmesh/ports.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from mesh.settings import parse_bytes
+
+LOOPBACK = "127.0.0.1"
+MAX_PROCESSES = 64
+MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 8, 256
+MIN_BATCH = 1
+MIN_CHUNK_TOKENS = 16
+MIN_DRAIN_S = 0
+
+
+class PlanError(Exception):
+    """The mesh cannot be started as asked; the message names the flag, the value and the limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshOptions:
+    """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
+
+    block_tokens, max_batch and chunk_tokens None are the workers' own defaults.
+    """
+
+    model: Path
+    model_name: str = ""
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_kvstore: int = 1
+    host: str = LOOPBACK
+    port: int = 50051
+    admin_port: int | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
+    kv_bytes: str = "256MiB"
+    store_bytes: str = "256MiB"
+    block_tokens: int | None = None
+    max_batch: int | None = None
+    chunk_tokens: int | None = None
+    log_format: str = "text"
+    log_level: str = "info"
+    drain_s: float = 10.0
+
+
+def check_options(options: MeshOptions) -> None:
+    """Raises PlanError for the first option that cannot work on this machine."""
+    if not (options.model / "config.json").is_file():
+        raise PlanError(
+            f"--model {options.model}: no config.json there; give a directory in Hugging Face "
+            "layout (config.json, tokenizer files, *.safetensors)"
+        )
+    for flag, value, low, high in (
+        ("--prefill", options.num_prefill, 1, MAX_PROCESSES),
+        ("--decode", options.num_decode, 1, MAX_PROCESSES),
+        ("--kvstore", options.num_kvstore, 1, MAX_PROCESSES),
+        ("--block-tokens", options.block_tokens, MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS),
+        ("--max-batch", options.max_batch, MIN_BATCH, math.inf),
+        ("--chunk-tokens", options.chunk_tokens, MIN_CHUNK_TOKENS, math.inf),
+        ("--drain-s", options.drain_s, MIN_DRAIN_S, math.inf),
+    ):
+        if value is not None and not (low <= value <= high and value < math.inf):
+            words = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
+            raise PlanError(f"{flag} {value}: give {words}")
+    _check_memory(options)
+
+
+def memory_num_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _check_memory(options: MeshOptions) -> None:
+    """What workers on the CPU and the stores ask for together fits into this machine."""
+    num_workers = options.num_prefill + options.num_decode
+    kv_num_bytes = _num_bytes("--kv-bytes", options.kv_bytes)
+    asked = _num_bytes("--store-bytes", options.store_bytes) * options.num_kvstore
+    words = f"--store-bytes {options.store_bytes} x {options.num_kvstore} (kvstores)"
+    if options.device == "cpu":
+        asked += kv_num_bytes * num_workers
+        words = f"--kv-bytes {options.kv_bytes} x {num_workers} (workers) + {words}"
+    limit = memory_num_bytes()
+    if asked > limit:
+        raise PlanError(f"{words} = {asked} bytes; this machine has {limit} bytes of memory")
+
+
+def _num_bytes(flag: str, text: str) -> int:
+    try:
+        num_bytes = parse_bytes(text)
+    except ValueError as error:
+        raise PlanError(f"{flag}: {error}") from None
+    if num_bytes < 1:
+        raise PlanError(f"{flag} {text}: give at least 1 byte")
+    return num_bytes
