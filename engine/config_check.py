@@ -1,0 +1,203 @@
+"""What config.json may say: options that change the arithmetic, and the types of values.
+
+Owns the table of options of other models and the values at which they change nothing. Never
+computes a size; engine/config.py does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from engine.errors import ModelError
+
+# Architecture -> model_type, as transformers writes them.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_MAX_INT = 2**31 - 1
+# sliding_window of Mistral, Qwen2 and Qwen3 where the key is absent, as transformers sets it.
+_DEFAULT_WINDOW = 4096
+
+_FLAG = (None, False)
+_MULTIPLIER = (None, 1)
+_COUNT = (None, 0)
+_ONLY_NULL = (None,)
+_SILU = (None, "silu", "swish")
+# Option -> values that change nothing; compared by type too, so that true is not 1 nor false 0.
+# An absent option changes nothing either.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": _SILU,
+    "activation_function": _SILU,
+    "norm_type": (None, "rmsnorm", "rms_norm"),
+    "position_embedding_type": (None, "rope", "rotary"),
+    # transformers reads null as false: every position would see every other.
+    "is_causal": (True,),
+    "no_bias": (None, True),
+    "auto_map": (None, {}),
+    "per_layer_config": (None, {}),
+    "cross_attention_layers": (None, []),
+    **dict.fromkeys(
+        (
+            "add_bias_linear",
+            "add_cross_attention",
+            "alibi",
+            "attention_sinks",
+            "attn_output_gate",
+            "bias",
+            "is_encoder_decoder",
+            "layer_scale",
+            "lm_head_bias",
+            "mup_enabled",
+            "new_decoder_architecture",
+            "parallel_attn",
+            "qk_layernorm",
+            "rope_interleaved",
+            "scale_embedding",
+            "use_alibi",
+            "use_bias",
+            "use_dynamic_ntk",
+            "use_logn_attn",
+            "use_mrope",
+            "use_parallel_residual",
+            "use_qk_norm",
+        ),
+        _FLAG,
+    ),
+    **dict.fromkeys(
+        (
+            "embedding_multiplier",
+            "key_multiplier",
+            "lm_head_multiplier",
+            "logit_scale",
+            "logits_scaling",
+            "partial_rotary_factor",
+            "residual_multiplier",
+            "rotary_pct",
+            "scale_emb",
+        ),
+        _MULTIPLIER,
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts"), _COUNT),
+    # Of the scales none is neutral at 1: each stands in place of a number that is not 1.
+    **dict.fromkeys(
+        (
+            "attention_chunk_size",
+            "attention_multiplier",
+            "attn_logit_softcapping",
+            "clip_qkv",
+            "dim_model_base",
+            "final_logit_softcapping",
+            "kv_lora_rank",
+            "n_routed_experts",
+            "no_rope_layer_interval",
+            "no_rope_layers",
+            "q_lora_rank",
+            "query_pre_attn_scalar",
+            "rope_local_base_freq",
+            "scale_depth",
+        ),
+        _ONLY_NULL,
+    ),
+}
+
+
+def refuse(raw: Mapping[str, Any]) -> str:
+    """The architecture; ModelError for whatever would change the arithmetic."""
+    architecture = _architecture(raw)
+    for name in _NEUTRAL:
+        refuse_option(name, raw)
+    for name in ("quantization_config", "compression_config"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ModelError(f"{name} is {raw[name]!r}; it must be an object or null")
+    _refuse_layers(raw)
+    _refuse_window(raw, architecture)
+    biased = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    if flag(raw, "attention_bias") and architecture not in biased:
+        raise ModelError(f"attention_bias is not part of {architecture}")
+    if flag(raw, "mlp_bias") and architecture != "LlamaForCausalLM":
+        raise ModelError(f"mlp_bias is not part of {architecture}")
+    return architecture
+
+
+def refuse_option(name: str, values: Mapping[str, Any]) -> None:
+    """ModelError if values has the option at anything but a neutral value."""
+    if name not in values:
+        return
+    value, neutral = values[name], _NEUTRAL[name]
+    if not any(isinstance(value, bool) == isinstance(n, bool) and value == n for n in neutral):
+        supported = ", ".join(json.dumps(n) for n in neutral)
+        raise ModelError(
+            f"{name} {value!r} changes the arithmetic and is not supported; supported: {supported}"
+        )
+
+
+def flag(values: Mapping[str, Any], name: str) -> bool:
+    """A boolean, false where it is absent."""
+    value = values.get(name, False)
+    if not isinstance(value, bool):
+        raise ModelError(f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def positive_int(name: str, value: object) -> int:
+    """The value, if it is an integer that fits a size."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_INT:
+        raise ModelError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_INT}")
+    return value
+
+
+def positive_float(name: str, value: object) -> float:
+    """The value as a float, if it is a finite number above 0."""
+    number = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond every float
+            number = math.inf
+    if not 0.0 < number < math.inf:
+        raise ModelError(f"{name} is {value!r}; it must be a finite number above 0")
+    return number
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    architectures, supported = raw.get("architectures"), ", ".join(ARCHITECTURES)
+    if architectures not in [[name] for name in ARCHITECTURES]:
+        raise ModelError(f"architectures {architectures} is not supported; supported: {supported}")
+    architecture = raw["architectures"][0]
+    if raw.get("model_type", ARCHITECTURES[architecture]) != ARCHITECTURES[architecture]:
+        raise ModelError(f"model_type {raw['model_type']!r} does not belong to {architecture}")
+    return architecture
+
+
+def _refuse_layers(raw: Mapping[str, Any]) -> None:
+    kinds = raw.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ModelError(f"layer_types is {kinds!r}; it must be a list or null")
+    other = [kind for kind in kinds or () if kind != "full_attention"]
+    if other:
+        raise ModelError(f"layer_types {other[0]!r} is not supported; only 'full_attention' is")
+
+
+def _refuse_window(raw: Mapping[str, Any], architecture: str) -> None:
+    """Only Qwen2 and Qwen3 read use_sliding_window; elsewhere a window that is set is used."""
+    switched = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    if switched and not flag(raw, "use_sliding_window"):
+        return
+    default = None if architecture == "LlamaForCausalLM" else _DEFAULT_WINDOW
+    window = raw.get("sliding_window", default)
+    if window is None:
+        return
+    context_len = positive_int("max_position_embeddings", raw["max_position_embeddings"])
+    if positive_int("sliding_window", window) < context_len:
+        absent = "" if "sliding_window" in raw else " (what transformers takes if it is absent)"
+        raise ModelError(
+            f"sliding_window {window}{absent} is not supported; only full attention is: null, or "
+            f"max_position_embeddings {context_len} or more"
+        )
