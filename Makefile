@@ -1,4 +1,4 @@
-# The only door. Targets: setup, run, test, check, bench, clean.
+# The only door. Targets: setup, run, test, check, bench, test-gpu, bench-gpu, clean.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 MODEL ?= models/demo
 SAMPLE ?= In the beginning
 
-.PHONY: help setup run test check format bench clean
+.PHONY: help setup run test check format bench require-gpu test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,8 @@ help:
 	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
 	@echo "make bench   setup, then a short load test of a mesh of its own"
+	@echo "make test-gpu, make bench-gpu   setup, then tests or benchmarks on this machine's NVIDIA GPU;"
+	@echo "             BENCHMARKS='gemm norm' narrows them"
 	@echo "make clean   removes the environment, stubs and caches"
 
 setup: $(INSTALLED) $(STUBS)
@@ -66,6 +68,21 @@ format: setup
 
 bench: setup
 	@$(BIN)/kvmesh bench --start --model $(MODEL)
+
+# GPU_PYTHON: another interpreter with the packages installed, instead of the environment's.
+GPU_PYTHON ?= $(BIN)/python
+BENCHMARKS ?=
+# The kernels run in Triton's interpreter where TRITON_INTERPRET is set: not here.
+require-gpu:
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+	    f"no CUDA GPU: torch {torch.__version__} sees none; needed: one NVIDIA GPU, its driver and a " \
+	    "CUDA build of torch (pip install torch from your index, see README)")'
+
+test-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),setup) require-gpu
+	@env -u TRITON_INTERPRET $(GPU_PYTHON) -m pytest tests/gpu $(PYTEST_FLAGS)
+
+bench-gpu: $(if $(findstring $(VENV),$(GPU_PYTHON)),setup) require-gpu
+	@env -u TRITON_INTERPRET $(GPU_PYTHON) -m benchmarks.gpu $(BENCHMARKS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
