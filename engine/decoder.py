@@ -7,66 +7,87 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from engine.attention import Attention
 from engine.config import ModelConfig, RopeConfig
+from engine.quantisation import WeightFormat
 from engine.weights import Parameters
 from kernels import ops
+
+Rows = torch.Tensor | ops.Fp8Rows
+"""Activations [num_rows, width]: the model's dtype, or FP8 with scales in front of FP8 weights."""
+
+# How activations are quantised in front of weights of a format.
+_QUANTISE: dict[WeightFormat, ops.Quantise | None] = {
+    WeightFormat.PLAIN: None,
+    WeightFormat.CHANNEL: "token",
+    WeightFormat.BLOCK: "group",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One step's ragged batch, padded to a multiple of ops.ROW_TILE rows.
+    """One step's ragged batch; on a CPU padded to a multiple of ops.ROW_TILE rows.
 
-    token_ids, positions: [num_rows] int64; block_ids, offsets: [num_tokens] int64, where the KV of
-    the first num_tokens rows goes; the other rows are padding. groups cover the num_tokens rows.
+    token_ids, positions: [num_rows] int; block_ids, offsets: [num_tokens] int, where the KV of the
+    first num_tokens rows goes; the other rows, and those with a negative block, are padding.
+    With sources [num_rows] int32, a row whose source is not negative has the token
+    sampled[source]. pdl: kernels may be launched under the end of the one before.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     block_ids: torch.Tensor
     offsets: torch.Tensor
-    groups: list[ops.Group]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Linear:
-    """weight [N, K], bias [N]; tiles: see ops.exact_tiles."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    tiles: tuple[int, ...]
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.weight, self.bias, tiles=self.tiles)
+    attention: Attention
+    sources: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
+    pdl: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """Parameters of one layer; qk_norm [num_heads + num_kv_heads, head_dim]."""
+    """Parameters of one layer."""
 
     input_norm: torch.Tensor
-    qkv: _Linear
-    qk_norm: torch.Tensor | None
-    output: _Linear
+    qkv: ops.Weight
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    output: ops.Weight
     post_norm: torch.Tensor
-    gate_up: _Linear
-    down: _Linear
+    gate_up: ops.Weight
+    down: ops.Weight
 
 
 class Decoder:
     """Llama, Mistral, Qwen2 and Qwen3, as their transformers implementations compute them."""
 
     def __init__(
-        self, config: ModelConfig, parameters: Parameters, *, context_len: int | None = None
+        self,
+        config: ModelConfig,
+        parameters: Parameters,
+        *,
+        context_len: int | None = None,
+        weight_format: WeightFormat = WeightFormat.PLAIN,
+        tables: ops.TileTables | None = None,
+        rmsnorm_warps: int | None = None,
     ) -> None:
-        """context_len: positions to prepare for; the model's own limit without it."""
+        """context_len: positions to prepare for, the model's own limit without it; tables,
+        rmsnorm_warps: how kernels run on a GPU, see ops.prepare_weight and ops.rmsnorm.
+        """
         self._config = config
         self._embed, self._norm = parameters["embed"], parameters["norm"]
+        self._quantise: ops.Quantise | None = _QUANTISE[weight_format]
+        self._tables, self._warps = tables, rmsnorm_warps
         self._tiles: dict[tuple[int, ...], tuple[int, ...]] = {}
-        self._head = self._linear(parameters, "head")
+        self._head = self._weight(parameters, "head")
         self._layers = [self._layer(parameters, index) for index in range(config.num_layers)]
+        # Of the embedding a step reads a row a token, unless it is the head.
+        distinct = {id(tensor): tensor for name, tensor in parameters.items() if name != "embed"}
+        self._step_num_bytes = sum(tensor.nbytes for tensor in distinct.values())
         # [context_len, head_dim]
         self._cos, self._sin = ops.rope_tables(
             inverse_frequencies(config.rope, config.head_dim).to(self._embed.device),
@@ -74,69 +95,91 @@ class Decoder:
             self._embed.dtype,
         )
 
-    def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm, [num_rows, hidden_size]; writes KV into cache."""
-        eps = self._config.rms_norm_eps
-        cos = self._cos[batch.positions][:, None]  # [num_rows, 1, head_dim]
-        sin = self._sin[batch.positions][:, None]
-        residual = self._embed[batch.token_ids]
-        normed = ops.rmsnorm(residual, self._layers[0].input_norm, eps)
-        next_norms = [*(layer.input_norm for layer in self._layers[1:]), self._norm]
-        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
-            attended = self._attention(index, normed, cos, sin, batch, cache)
-            normed, residual = ops.add_rmsnorm(attended, residual, layer.post_norm, eps)
-            fed = layer.down(ops.silu_mul(layer.gate_up(normed)))
-            normed, residual = ops.add_rmsnorm(fed, residual, next_norm, eps)
-        return normed
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations that are not quantised."""
+        return self._embed.dtype
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [num_rows, hidden_size] -> [num_rows, vocab_size] fp32."""
-        return self._head(hidden).float()
+    @property
+    def step_num_bytes(self) -> int:
+        """Bytes of the parameters that every decode step reads in full."""
+        return self._step_num_bytes
+
+    def forward(self, batch: Batch, pages: ops.KvPages) -> torch.Tensor:
+        """Hidden states after the last norm, [num_rows, hidden_size]; writes KV into pages."""
+        eps, kind, pdl = self._config.rms_norm_eps, self._quantise, batch.pdl
+        how: dict[str, Any] = {"warps": self._norm_warps(batch.token_ids.shape[0]), "pdl": pdl}
+        residual = ops.embed(batch.token_ids, self._embed, batch.sources, batch.sampled, pdl=pdl)
+        x = ops.rmsnorm(residual, self._layers[0].input_norm, eps, quantise=kind, **how)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            x = self._attention(index, x, batch, pages)
+            x, residual = ops.add_rmsnorm(x, residual, layer.post_norm, eps, quantise=kind, **how)
+            x = ops.linear(x, layer.gate_up, dtype=self.dtype, partial=True, pdl=pdl)
+            x = ops.silu_mul(x, quantise=kind, dtype=self.dtype, pdl=pdl)
+            x = ops.linear(x, layer.down, dtype=self.dtype, partial=True, pdl=pdl)
+            norm = self._norm if index == last else self._layers[index + 1].input_norm
+            kept = None if index == last else kind  # the head is not quantised
+            x, residual = ops.add_rmsnorm(x, residual, norm, eps, quantise=kept, **how)
+        assert isinstance(x, torch.Tensor)
+        return x
+
+    def logits(self, hidden: torch.Tensor, *, pdl: bool = False) -> torch.Tensor:
+        """hidden [num_rows, hidden_size] -> [num_rows, vocab_size] in the model's dtype."""
+        logits = ops.linear(hidden, self._head, pdl=pdl)
+        assert isinstance(logits, torch.Tensor)
+        return logits
 
     def _attention(
-        self,
-        index: int,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        batch: Batch,
-        cache: torch.Tensor,
-    ) -> torch.Tensor:
-        config, layer = self._config, self._layers[index]
-        num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        qkv = layer.qkv(x).view(x.shape[0], num_heads + 2 * num_kv_heads, head_dim)
-        qk, value = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
-        if layer.qk_norm is not None:
-            qk = ops.rmsnorm(qk, layer.qk_norm, config.rms_norm_eps)
-        qk = ops.rope(qk, cos, sin)
-        ops.kv_write(cache, index, qk[:, num_heads:], value, batch.block_ids, batch.offsets)
-        attended = ops.paged_attention(
-            qk[:, :num_heads], cache, index, batch.groups, head_dim**-0.5
+        self, index: int, x: Rows, batch: Batch, pages: ops.KvPages
+    ) -> torch.Tensor | ops.Product:
+        config, layer, pdl = self._config, self._layers[index], batch.pdl
+        query = ops.qkv_finish(
+            ops.linear(x, layer.qkv, dtype=self.dtype, partial=True, pdl=pdl),
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=config.rms_norm_eps,
+            cos=self._cos,
+            sin=self._sin,
+            positions=batch.positions,
+            block_ids=batch.block_ids,
+            offsets=batch.offsets,
+            pages=pages,
+            layer=index,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            pdl=pdl,
         )
-        return layer.output(attended.reshape(x.shape[0], num_heads * head_dim))
+        attended: Rows = batch.attention.attend(query, pages, index, config.head_dim**-0.5)
+        if self._quantise is not None:
+            group = ops.GROUP if self._quantise == "group" else None
+            attended = ops.quantise(attended, group, pdl=pdl)
+        return ops.linear(attended, layer.output, dtype=self.dtype, partial=True, pdl=pdl)
+
+    def _norm_warps(self, num_rows: int) -> int | None:
+        """Warps per row: the user's number, or the tile table's."""
+        if self._warps is not None or self._tables is None:
+            return self._warps
+        key = ops.width_key(self._config.hidden_size)
+        return (self._tables.at("rmsnorm", key, num_rows) or {}).get("num_warps")
 
     def _layer(self, parameters: Parameters, index: int) -> _Layer:
-        prefix, config = f"layers.{index}.", self._config
-        qk_norm = None
-        if config.qk_norm:
-            q_norm, k_norm = parameters[prefix + "q_norm"], parameters[prefix + "k_norm"]
-            qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
+        prefix = f"layers.{index}."
         return _Layer(
             input_norm=parameters[prefix + "input_norm"],
-            qkv=self._linear(parameters, prefix + "qkv"),
-            qk_norm=qk_norm,
-            output=self._linear(parameters, prefix + "o"),
+            qkv=self._weight(parameters, prefix + "qkv"),
+            q_norm=parameters.get(prefix + "q_norm"),
+            k_norm=parameters.get(prefix + "k_norm"),
+            output=self._weight(parameters, prefix + "o"),
             post_norm=parameters[prefix + "post_norm"],
-            gate_up=self._linear(parameters, prefix + "gate_up"),
-            down=self._linear(parameters, prefix + "down"),
+            gate_up=self._weight(parameters, prefix + "gate_up"),
+            down=self._weight(parameters, prefix + "down"),
         )
 
-    def _linear(self, parameters: Parameters, name: str) -> _Linear:
-        weight = parameters[name]
-        shape = tuple(weight.shape)
-        if shape not in self._tiles:
-            self._tiles[shape] = ops.exact_tiles(weight)
-        return _Linear(weight=weight, bias=parameters.get(f"{name}.bias"), tiles=self._tiles[shape])
+    def _weight(self, parameters: Parameters, name: str) -> ops.Weight:
+        scales, bias = parameters.get(f"{name}.scale"), parameters.get(f"{name}.bias")
+        values, tables = parameters[name], self._tables
+        return ops.prepare_weight(values, scales, bias, self._tiles, tables=tables)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

@@ -10,13 +10,15 @@ import mmap
 import torch
 
 from kernels import ops
+from kernels.kv_pages import FP8, SCALE_NUM_BYTES, KvPages
 from kv.layout import BlockLayout
 
 
 class KvCache:
     """`num_blocks` blocks of `layout`, all zeros at first.
 
-    storage: [num_bytes] uint8; blocks: [num_blocks, *layout.shape] of dtype, a view of it.
+    storage: [num_bytes] uint8; pages: what the kernels read and write, a view of it; blocks: the
+    pages' values [num_blocks, *layout.shape] of dtype. FP8 pages carry a scale per vector.
     """
 
     def __init__(
@@ -30,6 +32,8 @@ class KvCache:
             raise ValueError(f"num_blocks: {num_blocks}; at least 1")
         if dtype.itemsize != layout.dtype_num_bytes:
             raise ValueError(f"dtype: {dtype}; layout has {layout.dtype_num_bytes} bytes a value")
+        if self.scale_num_bytes(dtype) != layout.scale_num_bytes:
+            raise ValueError(f"dtype: {dtype}; layout has {layout.scale_num_bytes} bytes a scale")
         self.layout = layout
         self.num_blocks = num_blocks
         self.dtype = dtype
@@ -39,7 +43,8 @@ class KvCache:
             self.storage = torch.frombuffer(mmap.mmap(-1, self.num_bytes), dtype=torch.uint8)
         else:
             self.storage = torch.zeros(self.num_bytes, dtype=torch.uint8, device=device)
-        self.blocks = self.storage.view(dtype).view(num_blocks, *layout.shape)
+        self.pages = KvPages.of(self.storage, layout.shape, dtype)
+        self.blocks = self.pages.values
         self._rows = self.storage.view(num_blocks, layout.num_bytes)
 
     @property
@@ -48,8 +53,8 @@ class KvCache:
         return self.storage.data_ptr()
 
     def digest(self, block_ids: list[int]) -> list[int]:
-        """64-bit digest of each block's bytes, unsigned; see kernels/block_digest.py."""
-        return [ops.block_digest(self._rows[block : block + 1])[0] for block in block_ids]
+        """64-bit digest of each block's bytes, unsigned; see kernels/block_digest.py. Waits."""
+        return ops.block_digest(self._rows, block_ids)
 
     def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole blocks, sources[i] to targets[i]; lists of equal length."""
@@ -65,4 +70,11 @@ class KvCache:
 
     def zero_block_tail(self, block: int, num_tokens: int) -> None:
         """Clears the slots after the first num_tokens: a partial block leaves without old KV."""
-        self.blocks[block, :, :, :, num_tokens:] = 0
+        self.blocks[block, :, :, :, num_tokens:].zero_()
+        if self.pages.scales is not None:
+            self.pages.scales[block, :, :, :, num_tokens:].zero_()
+
+    @staticmethod
+    def scale_num_bytes(dtype: torch.dtype) -> int:
+        """Bytes of the scale that stands with every vector of this dtype: 0 or 4."""
+        return SCALE_NUM_BYTES if dtype == FP8 else 0

@@ -12,17 +12,16 @@ from pathlib import Path
 
 import torch
 
+from engine.attention import GroupAttention
 from engine.config import ModelConfig
 from engine.decoder import Batch, Decoder
-from engine.errors import ModelError
 from engine.kv_cache import KvCache
+from engine.loading import Precision, block_layout, load_decoder_and_cache
+from engine.memory import MemoryNeeds, plan_memory, weights_num_bytes
 from engine.plan import Chunk, ChunkResult, PositionLogprobs, Step
 from engine.sampler import Sampler
-from engine.weights import load_weights
 from kernels import ops
-from kv.layout import BlockLayout
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Rows of logits at a time for prompt_logprobs: [rows, vocab_size] fp32 stays small.
 _LOGPROB_ROWS = 64
 # fp32 values of KV that one group of decoding sequences reads at a time (8 MiB).
@@ -47,9 +46,15 @@ class ModelRunner:
     """Decoder + cache + sampler; `context_len` is what model and cache can hold, in tokens."""
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, cache: KvCache, sampler: Sampler
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        cache: KvCache,
+        sampler: Sampler,
+        precision: Precision,
     ) -> None:
         self.config = config
+        self.precision = precision
         self.cache = cache
         self.layout = cache.layout
         self.context_len = min(config.context_len, cache.num_blocks * cache.layout.block_tokens)
@@ -69,8 +74,10 @@ class ModelRunner:
         cls,
         model_dir: Path,
         *,
-        device: str,
-        dtype: str,
+        device: str = "cpu",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        load_format: str = "auto",
         block_tokens: int = 64,
         kv_bytes: int | None = None,
         num_blocks: int | None = None,
@@ -80,23 +87,28 @@ class ModelRunner:
 
         Either kv_bytes or num_blocks sizes the cache; progress gets a line per step of loading.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: {dtype!r}; one of {sorted(DTYPES)}")
-        config = ModelConfig.load(model_dir)
-        target, kind = torch.device(device), DTYPES[dtype]
-        layout = BlockLayout(
-            num_kv_heads=config.num_kv_heads,
-            num_layers=config.num_layers,
+        config, target = ModelConfig.load(model_dir), torch.device(device)
+        precision = Precision.resolve(config, dtype=dtype, kv_dtype=kv_dtype, device=target)
+        layout = block_layout(config, block_tokens, precision.kv_dtype)
+        weights = weights_num_bytes(config, precision.weight_format, precision.dtype)
+        plan = plan_memory(
+            MemoryNeeds(weights=weights),
+            block_num_bytes=layout.num_bytes,
             block_tokens=block_tokens,
-            head_dim=config.head_dim,
-            dtype_num_bytes=kind.itemsize,
+            kv_bytes=kv_bytes,
+            num_blocks=num_blocks,
         )
-        cache = KvCache(layout, _num_blocks(layout, kv_bytes, num_blocks), target, kind)
-        parameters = load_weights(model_dir, config, device=target, dtype=kind, progress=progress)
-        progress("measuring exact tile sizes")
-        context_len = min(config.context_len, cache.num_blocks * block_tokens)
-        decoder = Decoder(config, parameters, context_len=context_len)
-        return cls(config, decoder, cache, Sampler(config.vocab_size, target))
+        decoder, cache = load_decoder_and_cache(
+            model_dir,
+            config,
+            precision,
+            plan,
+            layout=layout,
+            device=target,
+            load_format=load_format,
+            progress=progress,
+        )
+        return cls(config, decoder, cache, Sampler(config.vocab_size, target), precision)
 
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
         """Computes every chunk in one ragged batch; one result per chunk, in order."""
@@ -119,7 +131,9 @@ class ModelRunner:
         rows = [span.stop - 1 for span, chunk in zip(spans, chunks, strict=True) if chunk.sample]
         requests = [chunk.sample for chunk in chunks if chunk.sample]
         sampled = iter(
-            self._sampler.sample(self._decoder.logits(hidden[rows]), requests) if rows else ()
+            self._sampler.sample(self._decoder.logits(hidden[rows]).float(), requests)
+            if rows
+            else ()
         )
         results: list[ChunkResult] = []
         for chunk, span in zip(chunks, spans, strict=True):
@@ -171,7 +185,7 @@ class ModelRunner:
             spans[i] = slice(row, row + len(chunks[i].token_ids))
             row = spans[i].stop
         batch = self._batch([chunks[i] for i in order], num_rows=row)
-        return self._decoder.forward(batch, self.cache.blocks), spans
+        return self._decoder.forward(batch, self.cache.pages), spans
 
     def _prompt_logprobs(self, chunk: Chunk, hidden: torch.Tensor) -> tuple[PositionLogprobs, ...]:
         if chunk.prompt_logprobs is None:
@@ -179,7 +193,7 @@ class ModelRunner:
         results: list[PositionLogprobs] = []
         for start in range(0, len(chunk.next_token_ids), _LOGPROB_ROWS):
             token_ids = chunk.next_token_ids[start : start + _LOGPROB_ROWS]
-            logits = self._decoder.logits(hidden[start : start + len(token_ids)])
+            logits = self._decoder.logits(hidden[start : start + len(token_ids)]).float()
             results += self._sampler.prompt_logprobs(logits, token_ids, chunk.prompt_logprobs)
         return tuple(results)
 
@@ -202,10 +216,22 @@ class ModelRunner:
             positions=place[1],
             block_ids=place[2, :num_rows],
             offsets=place[1, :num_rows] % block_tokens,
-            groups=self._groups(chunks),
+            attention=self._attention(chunks),
         )
 
-    def _groups(self, chunks: list[Chunk]) -> list[ops.Group]:
+    def _attention(self, chunks: list[Chunk]) -> GroupAttention:
+        """Quantised pages come to fp32 layer by layer, so only blocks in use are counted."""
+        if self.cache.pages.scales is None:
+            return GroupAttention(groups=self._groups(chunks, self.cache.blocks))
+        used = sorted({block for chunk in chunks for block in chunk.blocks})
+        number_of = {block: number for number, block in enumerate(used)}
+        chunks = [replace(c, blocks=[number_of[block] for block in c.blocks]) for c in chunks]
+        heads, _, *page = self.layout.shape
+        shape = (len(used), heads, 1, *page)
+        groups = self._groups(chunks, torch.empty(1).expand(shape))
+        return GroupAttention(groups=groups, used=torch.tensor(used))
+
+    def _groups(self, chunks: list[Chunk], cache: torch.Tensor) -> list[ops.Group]:
         """Single tokens form groups of similar length; a longer chunk is a group of its own."""
         block_tokens = self.layout.block_tokens
         groups: list[ops.Group] = []
@@ -215,16 +241,16 @@ class ModelRunner:
             num_splits = chunks[first].start // block_tokens + 1
             while last < len(chunks) and len(chunks[first].token_ids) == 1:
                 widest = chunks[last].start // block_tokens + 1
-                size = ops.scratch_size(last - first + 1, widest, self.cache.blocks)
+                size = ops.scratch_size(last - first + 1, widest, cache)
                 if widest > 2 * num_splits + 2 or size > _GROUP_SIZE:
                     break
                 last += 1
             stop = row + sum(len(chunk.token_ids) for chunk in chunks[first:last])
-            groups.append(self._group(chunks[first:last], slice(row, stop)))
+            groups.append(self._group(chunks[first:last], slice(row, stop), cache))
             first, row = last, stop
         return groups
 
-    def _group(self, chunks: list[Chunk], rows: slice) -> ops.Group:
+    def _group(self, chunks: list[Chunk], rows: slice, cache: torch.Tensor) -> ops.Group:
         tables = [
             chunk.blocks[: -(-(chunk.start + len(chunk.token_ids)) // self.layout.block_tokens)]
             for chunk in chunks
@@ -233,7 +259,7 @@ class ModelRunner:
             rows,
             [chunk.start for chunk in chunks],
             tables,
-            self.cache.blocks,
+            cache,
             num_query_heads=self._num_query_heads,
             wide_rows=self._wide_rows,
             scratch=self._scratch,
@@ -251,16 +277,3 @@ def _resolved(chunk: Chunk, previous: list[ChunkResult]) -> Chunk:
         outputs = [*sample.output_token_ids[:known], token_id]
         sample = replace(sample, output_token_ids=outputs, num_pending=0)
     return replace(chunk, token_ids=[token_id], sample=sample, follows=None)
-
-
-def _num_blocks(layout: BlockLayout, kv_bytes: int | None, num_blocks: int | None) -> int:
-    if num_blocks is not None:
-        return num_blocks
-    if kv_bytes is None:
-        raise ValueError("kv_bytes or num_blocks must be given")
-    if kv_bytes < layout.num_bytes:
-        raise ModelError(
-            f"kv_bytes: {kv_bytes}; one block of {layout.block_tokens} tokens takes "
-            f"{layout.num_bytes} bytes"
-        )
-    return kv_bytes // layout.num_bytes

@@ -136,11 +136,12 @@ def _adjusted(logits: Tensor, row: SampleRequest) -> Tensor:
             values, row.output_token_ids, params.presence_penalty, params.frequency_penalty
         )
     if values.amax() == -math.inf:
-        return _only(values, _last_resort(params, row.masked_token_ids))
+        return _only(values, last_resort(params, row.masked_token_ids))
     return values
 
 
-def _last_resort(params: SamplingParams, masked: frozenset[int]) -> int:
+def last_resort(params: SamplingParams, masked: frozenset[int]) -> int:
+    """The token that stays when every one is barred: the lowest of the least barred allowed."""
     allowed = set(params.allowed_token_ids)
     bad = set(params.bad_token_ids)
     for candidates in (allowed - masked - bad, allowed - bad, allowed):

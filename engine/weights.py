@@ -1,13 +1,14 @@
 """Streams safetensors into the decoder's fused parameters.
 
-Owns the table from checkpoint names to parameters. Never reads .bin or .pt (pickle), never keeps a
-second copy of the checkpoint.
+Owns the table from checkpoint names to parameters, FP8 ones too. Never reads .bin or .pt (pickle),
+never keeps a second copy of the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config import ModelConfig
 from engine.errors import ModelError
+from engine.quantisation import BLOCK, FP8, WeightFormat, quantise_rows
 
 # Parts of a fused parameter, in order.
 _FUSED = {
@@ -27,7 +29,18 @@ _FUSED = {
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
 }
+# Names of scales in checkpoints of each format.
+_SCALES = {WeightFormat.CHANNEL: "weight_scale", WeightFormat.BLOCK: "weight_scale_inv"}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Parameters = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a tensor of the checkpoint goes; with `scales` [num_rows] it is quantised to FP8."""
+
+    target: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 def load_weights(
@@ -36,17 +49,20 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    weight_format: WeightFormat = WeightFormat.PLAIN,
     progress: Callable[[str], None],
 ) -> Parameters:
-    """All parameters by name: "embed", "norm", "head", "layers.{i}.{qkv,o,...}[.bias]".
+    """All parameters by name: "embed", "norm", "head", "layers.{i}.{qkv,o,...}[.bias, .scale]".
 
-    ModelError names missing, unexpected or misshaped tensors.
+    weight_format: the checkpoint's own, or CHANNEL to quantise a plain one. Scales are fp32: [N]
+    per channel, [N / 128, K / 128] per block. ModelError names missing, unexpected or misshaped
+    tensors.
     """
     files = _files(model_dir)  # before any memory is taken
-    parameters, places = _allocate(config, device, dtype)
+    parameters, places = allocate(config, weight_format, device=device, dtype=dtype)
     missing = set(places)
     num_loaded, reported = 0, -1
-    num_values = sum(place.numel() for place in places.values())
+    num_values = sum(place.target.numel() for place in places.values())
     for path in files:
         for name, tensor in _tensors(path):
             if _ignored(name, config):
@@ -68,6 +84,98 @@ def load_weights(
     return parameters
 
 
+def allocate(
+    config: ModelConfig,
+    weight_format: WeightFormat,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Parameters, dict[str, Place]]:
+    """(uninitialised parameters by our name, places in them by checkpoint name)."""
+    parameters: Parameters = {}
+    places: dict[str, Place] = {}
+
+    def add(name: str, sources: list[str], rows: tuple[int, ...], *columns: int) -> None:
+        whole = parameters[name] = torch.empty(sum(rows), *columns, device=device, dtype=dtype)
+        for source, part in zip(sources, whole.split(rows), strict=True):
+            places[source] = Place(target=part)
+
+    vocabulary, hidden = (config.vocab_size,), config.hidden_size
+    add("embed", ["model.embed_tokens.weight"], vocabulary, hidden)
+    add("norm", ["model.norm.weight"], (hidden,))
+    if config.tie_embeddings:
+        parameters["head"] = parameters["embed"]
+    else:
+        add("head", ["lm_head.weight"], vocabulary, hidden)
+    is_plain = config.checkpoint_format is WeightFormat.PLAIN
+    for layer in range(config.num_layers):
+        for name, shape in _layer_shapes(config).items():
+            sources = [f"model.layers.{layer}.{part}" for part in _FUSED[name]]
+            fused = f"layers.{layer}.{name}"
+            if weight_format is not WeightFormat.PLAIN and shape.columns:
+                values = _fp8(fused, sources, shape, weight_format, is_plain, device)
+                parameters.update(values[0])
+                places.update(values[1])
+            else:
+                weights = [f"{source}.weight" for source in sources]
+                add(fused, weights, shape.rows, *shape.columns)
+            if shape.has_bias:
+                add(f"{fused}.bias", [f"{source}.bias" for source in sources], shape.rows)
+    return parameters, places
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """Rows of each part, columns (none for a norm), and whether there is a bias."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...] = ()
+    has_bias: bool = False
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, _Shape]:
+    q_size, kv_size = config.q_size, config.kv_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {
+        "qkv": _Shape(rows=(q_size, kv_size, kv_size), columns=(hidden,), has_bias=config.qkv_bias),
+        "o": _Shape(rows=(hidden,), columns=(q_size,), has_bias=config.output_bias),
+        "gate_up": _Shape(rows=(inner, inner), columns=(hidden,), has_bias=config.mlp_bias),
+        "down": _Shape(rows=(hidden,), columns=(inner,), has_bias=config.mlp_bias),
+        "input_norm": _Shape(rows=(hidden,)),
+        "post_norm": _Shape(rows=(hidden,)),
+    }
+    if config.qk_norm:
+        shapes["q_norm"] = shapes["k_norm"] = _Shape(rows=(config.head_dim,))
+    return shapes
+
+
+def _fp8(
+    fused: str,
+    sources: list[str],
+    shape: _Shape,
+    weight_format: WeightFormat,
+    is_plain: bool,
+    device: torch.device,
+) -> tuple[Parameters, dict[str, Place]]:
+    """Values and scales of one fused FP8 weight; is_plain: the checkpoint is not FP8 itself."""
+    num_rows, num_columns = sum(shape.rows), shape.columns[0]
+    values = torch.empty(num_rows, num_columns, device=device, dtype=FP8)
+    step = BLOCK if weight_format is WeightFormat.BLOCK else 1
+    scale_rows = [-(-n // step) for n in shape.rows]
+    scale_shape = (sum(scale_rows), -(-num_columns // BLOCK)) if step > 1 else (num_rows,)
+    scales = torch.empty(scale_shape, device=device, dtype=torch.float32)
+    places: dict[str, Place] = {}
+    parts = zip(sources, values.split(shape.rows), scales.split(scale_rows), strict=True)
+    for source, value, scale in parts:
+        if is_plain:
+            places[f"{source}.weight"] = Place(target=value, scales=scale)
+            continue
+        places[f"{source}.weight"] = Place(target=value)
+        target = scale if scale.dim() == 2 else scale[:, None]
+        places[f"{source}.{_SCALES[weight_format]}"] = Place(target=target)
+    return {fused: values, f"{fused}.scale": scales}, places
+
+
 def _ignored(name: str, config: ModelConfig) -> bool:
     """Tensors that carry nothing: old checkpoints' rope tables, and a tied head."""
     return name.endswith("rotary_emb.inv_freq") or (
@@ -76,69 +184,24 @@ def _ignored(name: str, config: ModelConfig) -> bool:
 
 
 def _copy(
-    path: Path, name: str, tensor: torch.Tensor, place: torch.Tensor | None, config: ModelConfig
+    path: Path, name: str, tensor: torch.Tensor, place: Place | None, config: ModelConfig
 ) -> None:
     if place is None:
         raise ModelError(f"{path}: tensor {name} is unknown to {config.architecture}")
-    if place.shape != tensor.shape:
+    target = place.target
+    if target.shape != tensor.shape:
         raise ModelError(
             f"{path}: tensor {name} has shape {list(tensor.shape)}, "
-            f"config.json says {list(place.shape)}"
+            f"config.json says {list(target.shape)}"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(f"{path}: tensor {name} is {tensor.dtype}; float32, bfloat16 or float16")
-    place.copy_(tensor)
-
-
-def _allocate(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[Parameters, Parameters]:
-    """(parameters by our name, views into them by checkpoint name)."""
-    parameters: Parameters = {}
-    places: Parameters = {}
-
-    def add(name: str, sources: list[tuple[str, int]], *tail: int) -> None:
-        rows = sum(size for _, size in sources)
-        whole = torch.empty(rows, *tail, device=device, dtype=dtype)
-        parameters[name] = whole
-        for (source, _), part in zip(
-            sources, whole.split([size for _, size in sources]), strict=True
-        ):
-            places[source] = part
-
-    hidden = config.hidden_size
-    add("embed", [("model.embed_tokens.weight", config.vocab_size)], hidden)
-    add("norm", [("model.norm.weight", hidden)])
-    if config.tie_embeddings:
-        parameters["head"] = parameters["embed"]
+    dtypes = (FP8,) if target.dtype == FP8 and place.scales is None else _FLOATS
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ModelError(f"{path}: tensor {name} is {tensor.dtype}; expected {names}")
+    if place.scales is None:
+        target.copy_(tensor)
     else:
-        add("head", [("lm_head.weight", config.vocab_size)], hidden)
-    for layer in range(config.num_layers):
-        _allocate_layer(config, layer, add)
-    return parameters, places
-
-
-def _allocate_layer(config: ModelConfig, layer: int, add: Callable[..., None]) -> None:
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    # name -> (rows of each part, columns or nothing, has bias)
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], bool]] = {
-        "qkv": ((q_size, kv_size, kv_size), (hidden,), config.qkv_bias),
-        "o": ((hidden,), (q_size,), config.output_bias),
-        "gate_up": ((inner, inner), (hidden,), config.mlp_bias),
-        "down": ((hidden,), (inner,), config.mlp_bias),
-        "input_norm": ((hidden,), (), False),
-        "post_norm": ((hidden,), (), False),
-    }
-    if config.qk_norm:
-        shapes["q_norm"] = shapes["k_norm"] = ((config.head_dim,), (), False)
-    for name, (rows, columns, has_bias) in shapes.items():
-        prefix = f"model.layers.{layer}."
-        weights = [(f"{prefix}{p}.weight", n) for p, n in zip(_FUSED[name], rows, strict=True)]
-        add(f"layers.{layer}.{name}", weights, *columns)
-        if has_bias:
-            biases = [(f"{prefix}{p}.bias", n) for p, n in zip(_FUSED[name], rows, strict=True)]
-            add(f"layers.{layer}.{name}.bias", biases)
+        quantise_rows(tensor, target, place.scales)
 
 
 def _files(model_dir: Path) -> list[Path]:

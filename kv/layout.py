@@ -12,6 +12,8 @@ class BlockLayout:
     """One contiguous block over all layers: [num_kv_heads, num_layers, 2, block_tokens, head_dim].
 
     Heads come first, so that a tensor-parallel rank's share is one run of bytes; axis 2 is K, V.
+    With scale_num_bytes (quantised KV) a scale for each token stands behind the block_tokens *
+    head_dim values of every (head, layer, K or V).
     """
 
     num_kv_heads: int
@@ -19,11 +21,13 @@ class BlockLayout:
     block_tokens: int
     head_dim: int
     dtype_num_bytes: int
+    scale_num_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)}; at least 1")
+            least = 0 if name == "scale_num_bytes" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}; at least {least}")
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -33,5 +37,5 @@ class BlockLayout:
     @property
     def num_bytes(self) -> int:
         """Bytes of one block."""
-        num_values = self.num_kv_heads * self.num_layers * 2 * self.block_tokens * self.head_dim
-        return num_values * self.dtype_num_bytes
+        num_vectors = self.num_kv_heads * self.num_layers * 2 * self.block_tokens
+        return num_vectors * (self.head_dim * self.dtype_num_bytes + self.scale_num_bytes)

@@ -271,13 +271,11 @@ class Worker:
 
 
 def _load_runner(settings: WorkerSettings, progress: Callable[[str], None]) -> ModelRunner:
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "fp32" if settings.device == "cpu" else "bf16"
     return ModelRunner.load(
         settings.model,
         device=settings.device,
-        dtype=dtype,
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         kv_bytes=parse_bytes(settings.kv_bytes),
         block_tokens=settings.block_tokens,
         progress=progress,
@@ -287,7 +285,7 @@ def _load_runner(settings: WorkerSettings, progress: Callable[[str], None]) -> M
 def _fingerprint(settings: WorkerSettings, runner: ModelRunner) -> bytes:
     return model_fingerprint(
         settings.model,
-        kv_dtype=str(runner.cache.dtype),
+        kv_dtype=str(runner.precision),
         layout_version=LAYOUT_VERSION,
         block_tokens=settings.block_tokens,
     )

@@ -17,10 +17,22 @@ class WorkerSettings(ServiceSettings):
     dtype: str = setting(
         "auto",
         group="model",
-        help="weights and KV; auto is fp32 on cpu, bf16 on cuda",
-        choices=("auto", "fp32", "bf16"),
+        help="of weights; auto is the checkpoint's FP8, else fp32 on cpu and bf16 on cuda; fp8 "
+        "quantises per output channel at load",
+        choices=("auto", "fp32", "bf16", "fp8"),
     )
-    device: str = setting("cpu", group="model", help="where tensors live", choices=("cpu", "cuda"))
+    kv_dtype: str = setting(
+        "auto",
+        group="model",
+        help="of KV; auto is the dtype of activations, fp8 keeps a scale per vector",
+        choices=("auto", "bf16", "fp8"),
+    )
+    device: str = setting(
+        "cpu",
+        group="model",
+        help="where tensors live; cuda is refused until blocks can move between GPUs",
+        choices=("cpu", "cuda"),
+    )
     kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
     kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
     block_tokens: int = setting(64, group="memory", help="tokens per block", minimum=8, maximum=256)

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from tests.support.generate import generate, greedy_request, sampled_request
-from tests.support.mesh import Mesh
+from tests.support.mesh import Mesh, running_mesh
 from tests.support.reference import greedy_tokens
 
 # Shorter than a block, on and around block boundaries, many blocks long (a block is 64 tokens).
@@ -73,3 +74,21 @@ def test_forked_sequences_equal_their_own_runs(wide_mesh: Mesh) -> None:
     assert len({tuple(tokens) for tokens in first.tokens.values()}) > 1
     single = generate(wide_mesh, sampled_request(prompt, 40, seed=11))
     assert single.tokens[0] == first.tokens[0]
+
+
+def test_fp8_weights_and_kv_give_the_same_tokens_alone_in_company_and_from_the_store(
+    tiny_model: Path,
+) -> None:
+    flags = ("--dtype", "fp8", "--kv-dtype", "fp8")
+    prompts = _prompts()[8:18]
+    requests = [greedy_request(prompt, 40) for prompt in prompts]
+    with running_mesh(tiny_model, num_decode=2, worker_flags=flags) as mesh:
+        alone = [generate(mesh, request) for request in requests]
+        with ThreadPoolExecutor(len(requests)) as pool:
+            together = list(pool.map(lambda request: generate(mesh, request), requests))
+    for prompt, one, other in zip(prompts, alone, together, strict=True):
+        assert one.tokens == other.tokens, f"prompt of {len(prompt)} tokens"
+        assert other.usage is not None
+        assert other.usage.num_cached_tokens == (len(prompt) - 1) // 64 * 64
+    exact = [greedy_tokens(tiny_model, prompt, 40) for prompt in prompts]
+    assert [one.tokens[0] for one in alone] != exact, "nothing was quantised"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,8 +48,26 @@ def test_clearing_touches_only_what_is_named(cache: KvCache) -> None:
     assert torch.equal(cache.blocks[[0, 1, 3]], before[[0, 1, 3]])
 
 
+def test_fp8_blocks_carry_their_scales() -> None:
+    layout = replace(LAYOUT, dtype_num_bytes=1, scale_num_bytes=4)
+    assert layout.num_bytes == 2 * 3 * 2 * 4 * (8 + 4)
+    cache = KvCache(layout, 3, "cpu", torch.float8_e4m3fn)
+    assert cache.blocks.shape == (3, *layout.shape)
+    scales = cache.pages.scales
+    assert scales is not None and scales.shape == (3, *layout.shape[:-1])
+    cache.storage.fill_(1)
+    cache.zero_block_tail(1, 3)
+    assert cache.storage.view(3, -1)[[0, 2]].eq(1).all()
+    assert not cache.blocks[1, :, :, :, 3:].view(torch.uint8).any()
+    assert not scales[1, :, :, :, 3:].any() and scales[1, :, :, :, :3].all()
+    cache.copy_blocks([1], [0])
+    assert torch.equal(scales[0], scales[1])
+
+
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="num_blocks: 0"):
         KvCache(LAYOUT, 0, "cpu", torch.bfloat16)
     with pytest.raises(ValueError, match="2 bytes"):
         KvCache(LAYOUT, 1, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="0 bytes a scale"):
+        KvCache(replace(LAYOUT, dtype_num_bytes=1), 1, "cpu", torch.float8_e4m3fn)
