@@ -17,9 +17,9 @@ import platform
 import random
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import torch
 
 from engine.block_pool import BlockPool
@@ -28,6 +28,7 @@ from engine.plan import SamplingParams, StoppingParams
 from engine.runner import ModelRunner
 from engine.scheduler import DecodeScheduler
 from engine.sequence import Sequence, StepOutcome
+from protos import gateway_pb2_grpc
 from tests.support.generate import greedy_request
 from tests.support.mesh import Mesh, running_mesh
 
@@ -76,17 +77,23 @@ async def engine_alone(model: Path, prompts: list[list[int]]) -> tuple[list[list
 def through_mesh(mesh: Mesh, prompts: list[list[int]]) -> tuple[list[list[int]], Arrivals]:
     """Tokens of every prompt as a client gets them, and when they came."""
 
-    def run(prompt: list[int]) -> tuple[list[int], list[float]]:
+    async def run(
+        stub: gateway_pb2_grpc.GenerationServiceStub, prompt: list[int]
+    ) -> tuple[list[int], list[float]]:
         tokens: list[int] = []
         times: list[float] = []
-        for response in mesh.generation.Generate(greedy_request(prompt, NUM_TOKENS)):
+        async for response in stub.Generate(greedy_request(prompt, NUM_TOKENS)):
             new = response.delta.token_ids
             times.extend([time.perf_counter()] * len(new))
             tokens.extend(new)
         return tokens, times
 
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = list(pool.map(run, prompts))
+    async def run_all() -> list[tuple[list[int], list[float]]]:
+        async with grpc.aio.insecure_channel(mesh.address) as channel:
+            stub = gateway_pb2_grpc.GenerationServiceStub(channel)
+            return await asyncio.gather(*(run(stub, prompt) for prompt in prompts))
+
+    answers = asyncio.run(run_all())
     return [tokens for tokens, _ in answers], [times for _, times in answers]
 
 
