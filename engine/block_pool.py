@@ -128,18 +128,18 @@ class BlockWaiters:
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._tickets = itertools.count()
-        self._heap: list[tuple[float, int, int, asyncio.Future[list[int]]]] = []
+        self._heap: list[tuple[int, int, int, asyncio.Future[list[int]]]] = []
 
     def __len__(self) -> int:
         return sum(not future.done() for *_, future in self._heap)
 
-    def push(self, num_blocks: int, priority: float) -> asyncio.Future[list[int]]:
+    def push(self, num_blocks: int, priority: int) -> asyncio.Future[list[int]]:
         """Queues a wish for num_blocks blocks; the future's result is the allocation."""
         future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._heap, (-priority, next(self._tickets), num_blocks, future))
         return future
 
-    def serve(self, num_spare: Callable[[float], int]) -> None:
+    def serve(self, num_spare: Callable[[int], int]) -> None:
         """Serves heads while their wish is within num_spare(priority) blocks."""
         while self._heap:
             negated, _, num_blocks, future = self._heap[0]

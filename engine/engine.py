@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -113,7 +112,7 @@ class Engine:
         if self._pipeline.flights or not self._scheduler.num_waiting:
             self._serve_waiters()
 
-    async def allocate(self, num_blocks: int, priority: float = 0) -> list[int]:
+    async def allocate(self, num_blocks: int, priority: int = 0) -> list[int]:
         """Waits for num_blocks blocks; the caller frees them or gives them to a sequence.
 
         Higher priority first, then first come first served. Raises ValueError for more blocks than
@@ -140,26 +139,30 @@ class Engine:
         """Runs fn(*args) in the engine thread between steps; when cancelled, still waits for it."""
         return await self._pipeline.call(fn, *args)
 
-    async def fork(self, blocks: list[int], num_tokens: int) -> list[int]:
-        """Blocks with the same first num_tokens tokens: full ones shared, the tail block copied."""
+    async def fork(self, blocks: list[int], num_tokens: int) -> tuple[list[int], int]:
+        """Blocks with the same first tokens, and how many: full ones shared, the tail copied.
+
+        Without a free block the tail is left out: whoever forks holds memory, and two that waited
+        for more could block each other for ever.
+        """
         num_full, num_tail = divmod(num_tokens, self._pool.block_tokens)
         if num_full + bool(num_tail) > len(blocks):
             raise ValueError(f"blocks: {len(blocks)} blocks hold fewer than {num_tokens} tokens")
-        source = blocks[: num_full + bool(num_tail)]
-        forked, tail = source[:num_full], source[num_full:]
+        if not num_tail or not self._pool.num_free:
+            self._pool.share(blocks[:num_full])
+            return blocks[:num_full], num_tokens - num_tail
+        source = blocks[: num_full + 1]
         self._pool.share(source)
+        forked = [*source[:num_full], *self._pool.allocate(1)]
         try:
-            if tail:
-                # Ahead of every newcomer: whoever forks holds memory already.
-                forked += await self.allocate(1, math.inf)
-                await self.call(self._runner.cache.copy_blocks, tail, forked[num_full:])
+            await self.call(self._runner.cache.copy_blocks, source[num_full:], forked[num_full:])
         except BaseException:
             self._pool.free(forked)
             raise
         finally:
-            self._pool.free(tail)
+            self._pool.free(source[num_full:])
             self.wake()
-        return forked
+        return forked, num_tokens
 
     async def run(self) -> None:
         """The step loop; returns after close()."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import bisect
 import itertools
-import math
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -92,13 +91,13 @@ class Scheduler(abc.ABC):
     def headroom(self) -> int:
         """Blocks that newcomers should leave free for the sequences already running."""
 
-    def num_spare(self, priority: float, pool: BlockPool) -> int:
-        """Blocks that a newcomer of this priority may take now; infinity passes everyone.
+    def num_spare(self, priority: int, pool: BlockPool) -> int:
+        """Blocks that a newcomer of this priority may take now.
 
         Running sequences keep their headroom, and a waiting sequence that only lacks memory goes
         first. While nothing runs all free blocks are spare, since holding back helps nobody.
         """
-        if priority == math.inf or not self._running:
+        if not self._running:
             return pool.num_free
         if self._waiting and len(self._running) < self.max_batch:
             first = self._waiting[0]

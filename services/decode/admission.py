@@ -44,7 +44,7 @@ class Admission:
             for state in states[1:]:
                 own = [*prompt, *state.output_token_ids]
                 if own[:-1] == tokens[:-1]:
-                    await self._start_fork(state, blocks, num_computed)
+                    self._start(state, *await self._worker.engine.fork(blocks, num_computed))
                 else:
                     diverged.append((state, own))
         finally:
@@ -52,23 +52,6 @@ class Admission:
         for state, own in diverged:
             self._start(state, *await self._pull(own))
         return num_computed
-
-    async def _start_fork(
-        self,
-        state: common_pb2.SequenceState,
-        blocks: list[int],
-        num_computed: int,
-    ) -> None:
-        """Starts a sequence on shared blocks.
-
-        Never waits for memory while holding some (two requests could block each other for ever):
-        without a free block for the tail's copy the sequence starts empty and recomputes.
-        """
-        if self._worker.pool.num_free:
-            forked = await self._worker.engine.fork(blocks, num_computed)
-            self._start(state, forked, num_computed)
-        else:
-            self._start(state, [], 0)
 
     async def _pull(self, tokens: list[int]) -> tuple[list[int], int]:
         """Gets KV for all tokens but the last: sealed blocks, then the private tail."""

@@ -219,7 +219,8 @@ async def test_fork_shares_full_blocks_and_copies_the_tail() -> None:
         blocks = await bench.engine.allocate(2)
         bench.runner.cache.slots[blocks[0]] = [1, 2, 3, 4]
         bench.runner.cache.slots[blocks[1]] = [5, -1, -1, -1]
-        forked = await bench.engine.fork(blocks, 5)
+        forked, num_tokens = await bench.engine.fork(blocks, 5)
+        assert num_tokens == 5
         assert forked[0] == blocks[0] and forked[1] != blocks[1]
         assert bench.pool.num_refs(blocks[0]) == 2
         other = sequence(2, [1, 2, 3, 4, 5, 9], 6)
@@ -230,7 +231,17 @@ async def test_fork_shares_full_blocks_and_copies_the_tail() -> None:
         assert one.output_token_ids == undisturbed(one.prompt_token_ids, 6)
         assert other.output_token_ids == undisturbed(other.prompt_token_ids, 6)
         assert bench.pool.num_free == 8
-        assert await bench.engine.fork([], 0) == []
+        assert await bench.engine.fork([], 0) == ([], 0)
+
+
+async def test_a_fork_without_a_free_block_leaves_the_tail_out_and_never_waits() -> None:
+    async with running(2) as bench:
+        blocks = await bench.engine.allocate(2)
+        assert await bench.engine.fork(blocks, 5) == (blocks[:1], 4)
+        assert [bench.pool.num_refs(block) for block in blocks] == [2, 1]
+        assert await bench.engine.fork(blocks, 4) == (blocks[:1], 4)
+        bench.pool.free([*blocks, blocks[0], blocks[0]])
+        assert bench.pool.num_free == 2
 
 
 async def test_cancelled_call_waits_until_the_thread_has_let_go() -> None:
