@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from engine.decoder import Batch, Decoder
 from engine.kv_cache import KvCache
 from engine.plan import Chunk
+from engine.prompt_graphs import PromptInputs
 from engine.ragged import ROW_MULTIPLE, Pass, PassInputs, Span, padded, pass_inputs, passes_of
 from engine.staging import RowInputs
 from kernels import ops
@@ -71,6 +72,16 @@ class CudaForward:
             device=self._device,
         )
 
+    def prompt_inputs(self, max_rows: int) -> PromptInputs:
+        """Static inputs for `prompt_rows`."""
+        return PromptInputs(
+            max_rows=max_rows,
+            max_blocks=self._max_blocks,
+            block_tokens=self._block_tokens,
+            group_size=self._config.num_heads // self._config.num_kv_heads,
+            device=self._device,
+        )
+
     def check(self, chunks: list[Chunk]) -> None:
         """ValueError for chunks that do not fit their blocks or the context."""
         for chunk in chunks:
@@ -93,6 +104,21 @@ class CudaForward:
             sources=section("sources", num_rows),
             sampled=self._sampled,
             pdl=pdl,
+        )
+        return self._decoder.forward(batch, self._cache.pages)
+
+    def prompt_rows(self, inputs: PromptInputs, num_rows: int) -> torch.Tensor:
+        """Enqueues a pass over prompts in num_rows rows; hidden states [num_rows, hidden_size]."""
+        section = inputs.section
+        batch = Batch(
+            token_ids=section("token_ids", num_rows),
+            positions=section("positions", num_rows),
+            block_ids=section("block_ids", num_rows),
+            offsets=section("offsets", num_rows),
+            attention=PagedAttention(num_decode=0, prefill=inputs.plan(num_rows)),
+            sources=section("sources", num_rows),
+            sampled=self._sampled,
+            pdl=self._pdl,
         )
         return self._decoder.forward(batch, self._cache.pages)
 

@@ -6,19 +6,21 @@ CUDA graph; any other step runs the same kernels one by one. Never decides what 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from engine.config import ModelConfig
 from engine.cuda_forward import CudaForward
-from engine.cuda_graphs import GraphBuckets, bucket_sizes
+from engine.cuda_graphs import GraphBuckets, GraphPool, bucket_sizes
 from engine.cuda_step import CudaStep
 from engine.decoder import Decoder
 from engine.gpu_sampler import GpuSampler
 from engine.kv_cache import KvCache
 from engine.loading import Precision
 from engine.plan import Chunk, ChunkResult, PositionLogprobs, Step
+from engine.prompt_graphs import PromptGraphs, prompt_sizes
 from engine.ragged import Pass, padded
 from kernels import ops
 from kernels.step_times import BEGIN, END, FORWARD, NUM_STAMPS
@@ -66,8 +68,13 @@ class CudaRunner:
         self._stamps = torch.zeros(NUM_STAMPS, dtype=torch.int64, device=device)
         with torch.inference_mode():
             self._forward.warm_up(chunk_tokens)
+            pool = GraphPool(device)
+            # The largest first, see GraphBuckets.
+            self._prompts = self._capture_prompts(chunk_tokens, pool, progress) if graphs else None
             enqueue = self._enqueue_rows
-            self._graphs = GraphBuckets(sizes, enqueue, device, progress) if graphs else None
+            self._graphs = (
+                GraphBuckets("decode steps", sizes, enqueue, pool, progress) if graphs else None
+            )
 
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
         """Computes every chunk; one result per chunk, in order."""
@@ -106,6 +113,23 @@ class CudaRunner:
             for span, row in part.places():
                 parts[span.chunk].append(hidden[row : row + span.stop - span.start])
         return [torch.cat(part) for part in parts]
+
+    def _capture_prompts(
+        self, chunk_tokens: int, pool: GraphPool, progress: Callable[[str], None]
+    ) -> PromptGraphs | None:
+        """None for FP8 pages, whose prefill takes memory by the length of the prompts."""
+        if self.cache.pages.scales is not None:
+            return None
+        sizes = prompt_sizes(chunk_tokens)
+        inputs = self._forward.prompt_inputs(sizes[-1])
+        hidden = torch.empty(
+            sizes[-1],
+            self.config.hidden_size,
+            dtype=self.decoder.dtype,
+            device=self.cache.storage.device,
+        )
+        forward = functools.partial(self._forward.prompt_rows, inputs)
+        return PromptGraphs(sizes, inputs, forward, hidden, pool, progress)
 
     def _fits_graph(self, chunks: list[Chunk]) -> bool:
         """Single output tokens, one seed each."""
@@ -187,7 +211,10 @@ class CudaRunner:
     ) -> Iterator[tuple[Pass, torch.Tensor]]:
         """Enqueues the passes of a step; hidden states [num_rows, hidden_size]."""
         for part in self._forward.passes(chunks):
-            yield part, self._forward.one_pass(chunks, part, before)
+            if self._prompts is not None and self._prompts.fits(part):
+                yield part, self._prompts.run(chunks, part, before)
+            else:
+                yield part, self._forward.one_pass(chunks, part, before)
 
     def _hidden(self, chunks: list[Chunk], before: Sequence[int]) -> dict[int, torch.Tensor]:
         """By chunk: hidden states of its last row, or of all rows for prompt logprobs."""

@@ -12,6 +12,7 @@ from engine.config import ModelConfig
 from engine.quantisation import WeightFormat, quantise_rows
 from engine.weights import Parameters, allocate
 
+SEED = 0
 # Rows made at a time: fp32 temporaries stay small beside the model.
 _PASS_VALUES = 1 << 26
 
@@ -22,9 +23,9 @@ def dummy_weights(
     device: torch.device,
     dtype: torch.dtype,
     weight_format: WeightFormat = WeightFormat.PLAIN,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> Parameters:
-    """Parameters as `load_weights` returns them; the same for the same (seed, kind of device)."""
+    """Parameters as `load_weights` returns them; the same for the same `dummy_weights_id`."""
     parameters, _ = allocate(config, weight_format, device=device, dtype=dtype)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in parameters.items():
@@ -38,6 +39,15 @@ def dummy_weights(
             mean = 0.0 if name.endswith(".bias") else 1.0
             parameter.normal_(mean, 0.1, generator=generator)
     return parameters
+
+
+def dummy_weights_id(device: torch.device, *, seed: int = SEED) -> str:
+    """Names the weights that `dummy_weights` makes of a config: seed and kind of device.
+
+    A GPU's kind is its model: the generator deals its numbers out to as many threads as it has.
+    """
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"random, seed {seed}, {kind}"
 
 
 def _fill(

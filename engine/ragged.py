@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.plan import Chunk
-from engine.staging import SECTIONS
+from engine.staging import PADDING, SECTIONS
 
 ROW_MULTIPLE = 16
 """Rows of a pass, its decode rows and the width of its block tables are multiples of this."""
@@ -137,12 +137,10 @@ def pass_inputs(
     is_cuda = device.type == "cuda"
     pinned = torch.zeros(size, dtype=torch.int32, pin_memory=is_cuda)
     values = pinned.numpy()
-    rows = values[:head].reshape(len(SECTIONS), num_rows)
-    rows[1] = rows[4] = -1
+    fill_rows(values[:head].reshape(len(SECTIONS), num_rows), chunks, part, places, block_tokens)
     tables = values[head:].reshape(-1, width)
     for number, (span, row) in enumerate(part.places()):
         chunk, is_decode = chunks[span.chunk], number >= len(part.prefill)
-        _fill(rows[:, row : row + span.stop - span.start], chunk, span, places, block_tokens)
         blocks = chunk.blocks[: -(-span.stop // block_tokens)]
         first = row if is_decode else num_decode + number
         num_tables = span.stop - span.start if is_decode else 1
@@ -155,6 +153,16 @@ def pass_inputs(
         decode_table=decode_table,
         prefill_table=prefill_table,
     )
+
+
+def fill_rows(
+    rows: np.ndarray, chunks: list[Chunk], part: Pass, places: Sequence[int], block_tokens: int
+) -> None:
+    """Fills rows [len(SECTIONS), num_rows] int32, padding included; places as in `pass_inputs`."""
+    rows[:] = np.array(PADDING, np.int32)[:, None]
+    for span, row in part.places():
+        stop = row + span.stop - span.start
+        _fill(rows[:, row:stop], chunks[span.chunk], span, places, block_tokens)
 
 
 def _fill(

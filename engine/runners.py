@@ -26,6 +26,7 @@ from engine.memory import (
     step_num_bytes,
     weights_num_bytes,
 )
+from engine.prompt_graphs import prompt_sizes
 from engine.ragged import padded
 from engine.runner import ModelRunner
 from kernels import ops
@@ -130,7 +131,11 @@ def _memory_plan(
     options: RunnerOptions,
 ) -> MemoryPlan:
     num_rows = padded(options.max_batch) + padded(options.chunk_tokens)
-    num_graphs = len(bucket_sizes(options.max_batch)) if options.graphs else 0
+    num_graphs = 0
+    if options.graphs:
+        prompts = prompt_sizes(options.chunk_tokens)
+        num_graphs = len(bucket_sizes(options.max_batch)) + len(prompts)
+        num_rows += prompts[-1]  # in the graphs' own memory
     needs = MemoryNeeds(
         weights=weights_num_bytes(config, precision.weight_format, precision.dtype),
         workspace=step_num_bytes(config, num_rows, options.max_batch, precision.dtype),

@@ -16,7 +16,8 @@ from engine.plan import Chunk
 SECTIONS = ("token_ids", "sources", "positions", "lengths", "block_ids", "offsets")
 """int32 values per row: token from the host; place of the token in the step before, or -1; its
 position; KV tokens it sees (0: padding); block and offset that its KV goes to (-1: nowhere)."""
-_PADDING = (0, -1, 0, 0, -1, 0)
+PADDING = (0, -1, 0, 0, -1, 0)
+"""SECTIONS of a row that nobody asked for."""
 _CHANGES_PER_ROW = 8
 
 
@@ -39,8 +40,8 @@ class RowInputs:
         self._sections: dict[str, torch.Tensor] = dict(zip(SECTIONS, sections, strict=True))
         self.changes = self._device[self._head :]
         self._table = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
-        self._mirrors = [_Pinned((size,), device) for _ in range(2)]
-        self._whole = _Pinned((max_rows, max_blocks), device)
+        self._mirrors = [Pinned((size,), device) for _ in range(2)]
+        self._whole = Pinned((max_rows, max_blocks), device)
         self._tables: list[list[int]] = [[] for _ in range(max_rows)]
         self._row_of: dict[int, int] = {}
 
@@ -115,7 +116,7 @@ class RowInputs:
         head[4, order] = [c.blocks[c.start // step] for c in chunks]
         head[5, order] = starts % step
         if num_rows > num_chunks:
-            head[:, num_chunks:num_rows] = np.array(_PADDING, np.int32)[:, None]
+            head[:, num_chunks:num_rows] = np.array(PADDING, np.int32)[:, None]
 
     def _changes(self, chunks: list[Chunk], rows: list[int]) -> list[int]:
         """Places and values of entries that are not on the device yet, alternating."""
@@ -134,7 +135,7 @@ class RowInputs:
         return changes
 
 
-class _Pinned:
+class Pinned:
     """int32 values in pinned memory; `wait` before they change."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:

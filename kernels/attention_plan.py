@@ -21,6 +21,8 @@ import triton.language as tl
 SPLIT_TOKENS = 256
 # Packed query rows (tokens x query heads of one KV head) of one work item of prefill.
 PREFILL_TILE_ROWS = 128
+# A tile that writes nothing and reads the first token of sequence 0: fills a list up.
+EMPTY_TILE = (0, 0, 0, 1)
 _SPLITS_PER_PASS = 32
 
 
@@ -86,16 +88,15 @@ class DecodePlan:
 class PrefillPlan:
     """Who looks at what in a prefill step.
 
-    tiles [num_tiles, 4] int32, those with the longest context first: sequence, first row of the
-    batch, number of rows, position of the first row; block_table [num_seqs, max_blocks] int32.
-    blocks [num_used] int32: the blocks that the sequences use, one sequence after the other;
-    packed_table [num_seqs, most of a sequence] int32: where in `blocks` a sequence's are.
+    tiles [num_tiles, 4] int32 as `prefill_tiles` makes them; block_table [num_seqs, max_blocks]
+    int32. For FP8 pages: blocks [num_used] int32, those that the sequences use, one sequence after
+    the other; packed_table [num_seqs, most of a sequence] int32: where in `blocks` these are.
     """
 
     tiles: torch.Tensor
     block_table: torch.Tensor
-    blocks: torch.Tensor
-    packed_table: torch.Tensor
+    blocks: torch.Tensor | None = None
+    packed_table: torch.Tensor | None = None
 
 
 def max_decode_splits(
@@ -228,34 +229,45 @@ def prefill_plan(
     group_size: int,
     block_tokens: int,
 ) -> PrefillPlan:
-    """Cuts every sequence's rows into tiles, heaviest first.
-
-    row_counts[s], starts[s]: rows of sequence s in the batch, which follow one another, and the
-    position of its first; group_size: query heads per KV head.
-    """
+    """The work list of a step and where its blocks are; arguments as for `prefill_tiles`."""
     if len(row_counts) != len(starts) or len(starts) > block_table.shape[0]:
         raise ValueError(f"{len(row_counts)} counts, {len(starts)} starts, {block_table.shape}")
-    tile_tokens = prefill_tile_tokens(group_size)
-    tiles: list[tuple[int, int, int, int]] = []
-    used: list[tuple[int, int]] = []
-    first_row = 0
-    for seq, (count, start) in enumerate(zip(row_counts, starts, strict=True)):
-        for offset in range(0, count, tile_tokens):
-            num_rows = min(tile_tokens, count - offset)
-            tiles.append((seq, first_row + offset, num_rows, start + offset))
-        used += [(seq, block) for block in range(-(-(start + count) // block_tokens))]
-        first_row += count
-    tiles.sort(key=lambda tile: -(tile[2] + tile[3]))
+    used = [
+        (seq, block)
+        for seq, (count, start) in enumerate(zip(row_counts, starts, strict=True))
+        for block in range(-(-(start + count) // block_tokens))
+    ]
     places = _on(block_table.device, used)
     packed = torch.zeros_like(block_table[: len(starts)])
     seqs, columns = places.long().unbind(1)
     packed[seqs, columns] = torch.arange(len(used), dtype=torch.int32, device=packed.device)
     return PrefillPlan(
-        tiles=_on(block_table.device, tiles),
+        tiles=_on(block_table.device, prefill_tiles(row_counts, starts, group_size=group_size)),
         block_table=block_table,
         blocks=block_table[seqs, columns],
         packed_table=packed,
     )
+
+
+def prefill_tiles(
+    row_counts: Sequence[int], starts: Sequence[int], *, group_size: int
+) -> list[tuple[int, int, int, int]]:
+    """Every sequence's rows in tiles, those with the longest context first: sequence, first row of
+    the batch, number of rows, position of the first row.
+
+    row_counts[s], starts[s]: rows of sequence s in the batch, which follow one another, and the
+    position of its first; group_size: query heads per KV head.
+    """
+    tile_tokens = prefill_tile_tokens(group_size)
+    tiles: list[tuple[int, int, int, int]] = []
+    first_row = 0
+    for seq, (count, start) in enumerate(zip(row_counts, starts, strict=True)):
+        for offset in range(0, count, tile_tokens):
+            num_rows = min(tile_tokens, count - offset)
+            tiles.append((seq, first_row + offset, num_rows, start + offset))
+        first_row += count
+    tiles.sort(key=lambda tile: -(tile[2] + tile[3]))
+    return tiles
 
 
 def _on(device: torch.device, rows: Sequence[tuple[int, ...]]) -> torch.Tensor:

@@ -4,6 +4,7 @@ cuda: Triton; cpu: torch twins.
 """
 
 from kernels.attention_plan import (
+    EMPTY_TILE,
     SPLIT_TOKENS,
     DecodePlan,
     DecodeWorkspace,
@@ -12,6 +13,8 @@ from kernels.attention_plan import (
     decode_workspace_size,
     max_decode_splits,
     prefill_plan,
+    prefill_tile_tokens,
+    prefill_tiles,
 )
 from kernels.block_digest import block_digest
 from kernels.embedding import embed
@@ -34,6 +37,7 @@ from kernels.tiles import TileTables, attention_key, width_key
 from kernels.weight import Weight
 
 __all__ = [
+    "EMPTY_TILE",
     "GROUP",
     "ROW_TILE",
     "SPLIT_TOKENS",
@@ -66,6 +70,8 @@ __all__ = [
     "paged_decode",
     "paged_prefill",
     "prefill_plan",
+    "prefill_tile_tokens",
+    "prefill_tiles",
     "prepare_weight",
     "publish",
     "qkv_finish",

@@ -58,6 +58,7 @@ def paged_prefill(
     if config is None and hopper.fits(query, pages):
         if pages.scales is None:
             return hopper.launch(query, pages.values, layer, plan.tiles, plan.block_table, scale)
+        assert plan.blocks is not None and plan.packed_table is not None, "FP8 pages need them"
         values = kv_unpack(pages, layer, plan.blocks)
         return hopper.launch(query, values, 0, plan.tiles, plan.packed_table, scale)
     return _launch_triton(query, pages, layer, plan, scale, config=config)

@@ -59,16 +59,21 @@ def salted_root(fingerprint: bytes, cache_salt: str) -> bytes:
 
 
 def model_fingerprint(
-    model_dir: Path, *, kv_dtype: str, layout_version: int, block_tokens: int
+    model_dir: Path,
+    *,
+    kv_dtype: str,
+    layout_version: int,
+    block_tokens: int,
+    weights_id: str | None = None,
 ) -> bytes:
     """32 bytes that stand for weights, config, tokenizer and the shape of a block.
 
     Reads safetensors headers, file sizes and samples of every tensor, not all of the weights.
-    ValueError names the file that is missing or malformed.
+    weights_id names weights that are in no file; files of weights are not looked at then, and no
+    checkpoint has the fingerprint. ValueError names the file that is missing or malformed.
     """
-    weights = sorted(model_dir.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"{model_dir}: no *.safetensors file")
+    # No file has an empty name.
+    weights = _weights_fields(model_dir) if weights_id is None else [b"", weights_id.encode()]
     config = model_dir / "config.json"
     if not config.is_file():
         raise ValueError(f"{config}: no such file")
@@ -76,9 +81,7 @@ def model_fingerprint(
     for path in (config, *(model_dir / name for name in _TOKENIZER_FILES)):
         if path.is_file():
             fields += [path.name.encode(), path.read_bytes()]
-    for path in weights:
-        fields += [path.name.encode(), _weights_digest(path)]
-    return _digest(b"kvmesh model", *fields)
+    return _digest(b"kvmesh model", *fields, *weights)
 
 
 def _digest(domain: bytes, *fields: bytes) -> bytes:
@@ -103,6 +106,14 @@ def _token_bytes(token_ids: Sequence[int], block_tokens: int) -> bytes:
         bad = ids[(ids < 0) | (ids >= 2**32)][0]
         raise ValueError(f"token_ids: {bad} is outside [0, 2**32)")
     return ids.astype("<u4").tobytes()
+
+
+def _weights_fields(model_dir: Path) -> list[bytes]:
+    """Name and digest of every safetensors file."""
+    paths = sorted(model_dir.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{model_dir}: no *.safetensors file")
+    return [field for path in paths for field in (path.name.encode(), _weights_digest(path))]
 
 
 def _weights_digest(path: Path) -> bytes:

@@ -111,6 +111,12 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
         default="auto",
         help="of KV; auto is the dtype of activations",
     )
+    model.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="where weights come from; auto reads *.safetensors, dummy makes random ones",
+    )
 
 
 def mesh_options(args: argparse.Namespace) -> MeshOptions:
@@ -127,6 +133,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         device=args.device,
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
+        load_format=args.load_format,
         kv_bytes=args.kv_bytes,
         store_bytes=args.store_bytes,
         block_tokens=args.block_tokens,

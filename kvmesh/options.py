@@ -44,6 +44,7 @@ class MeshOptions:
     device: str = "cpu"
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    load_format: str = "auto"
     kv_bytes: str = "256MiB"
     store_bytes: str = "256MiB"
     block_tokens: int | None = None
@@ -56,11 +57,7 @@ class MeshOptions:
 
 def check_options(options: MeshOptions) -> None:
     """Raises PlanError for the first option that cannot work on this machine."""
-    if not (options.model / "config.json").is_file():
-        raise PlanError(
-            f"--model {options.model}: no config.json there; give a directory in Hugging Face "
-            "layout (config.json, tokenizer files, *.safetensors)"
-        )
+    _check_model(options)
     for flag, value, low, high in (
         ("--prefill", options.num_prefill, 1, MAX_PROCESSES),
         ("--decode", options.num_decode, 1, MAX_PROCESSES),
@@ -74,6 +71,25 @@ def check_options(options: MeshOptions) -> None:
             words = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
             raise PlanError(f"{flag} {value}: give {words}")
     _check_memory(options)
+
+
+def _check_model(options: MeshOptions) -> None:
+    """What the services will look for in the model's directory is there."""
+    model = options.model
+    if not (model / "config.json").is_file():
+        raise PlanError(
+            f"--model {model}: no config.json there; give a directory in Hugging Face layout "
+            "(config.json, tokenizer files, *.safetensors)"
+        )
+    if not (model / "tokenizer.json").is_file():
+        raise PlanError(
+            f"--model {model}: no tokenizer.json there; the gateway needs it, random weights "
+            "(--load-format dummy) or not: copy the model's tokenizer files there"
+        )
+    if options.load_format != "dummy" and not any(model.glob("*.safetensors")):
+        raise PlanError(
+            f"--model {model}: no *.safetensors there; --load-format dummy makes random weights"
+        )
 
 
 def memory_num_bytes() -> int:

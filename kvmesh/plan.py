@@ -111,7 +111,7 @@ def _worker(
             *("--model", str(options.model), "--kvstore", ",".join(stores)),
             *(("--model-name", options.model_name) if options.model_name else ()),
             *("--device", options.device, "--dtype", options.dtype),
-            *("--kv-dtype", options.kv_dtype),
+            *("--kv-dtype", options.kv_dtype, "--load-format", options.load_format),
             *("--kv-bytes", options.kv_bytes, "--num-threads", str(threads)),
             *_sizes(options),
         ),

@@ -15,21 +15,21 @@ from typing import TypeVar
 import torch
 
 from engine.block_pool import BlockPool
+from engine.cuda_runner import CudaRunner
 from engine.engine import Engine
 from engine.runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import StepOutcome
-from kv.block import model_fingerprint, salted_root
-from kv.layout import LAYOUT_VERSION
+from kv.block import salted_root
 from kv.nixl_transfer import NixlTransfer
 from mesh.errors import FailedPrecondition, invalid
 from mesh.kvstore_client import KvStoreClient
 from mesh.process import num_fds, rss_num_bytes, task_count
-from mesh.settings import parse_bytes
 from mesh.status import Rate
 from mesh.telemetry import Telemetry
 from protos import status_pb2
+from services.worker_model import fingerprint_of, load_model
 from services.worker_settings import WorkerSettings
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Worker:
         self,
         *,
         settings: WorkerSettings,
-        runner: ModelRunner,
+        runner: ModelRunner | CudaRunner,
         scheduler: Scheduler,
         transfer: NixlTransfer,
         telemetry: Telemetry,
@@ -97,8 +97,8 @@ class Worker:
         """Loads the model off the loop, registers the cache with NIXL, connects to the stores."""
         loop = asyncio.get_running_loop()
         torch.set_num_threads(settings.num_threads)
-        runner = await loop.run_in_executor(None, _load_runner, settings, progress)
-        fingerprint = await loop.run_in_executor(None, _fingerprint, settings, runner)
+        runner = await loop.run_in_executor(None, load_model, settings, progress)
+        fingerprint = await loop.run_in_executor(None, fingerprint_of, settings, runner)
         transfer = NixlTransfer.create(
             role=role,
             incarnation=incarnation,
@@ -268,24 +268,3 @@ class Worker:
     def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
         for listener in self.failure_listeners:
             listener(sequences, error)
-
-
-def _load_runner(settings: WorkerSettings, progress: Callable[[str], None]) -> ModelRunner:
-    return ModelRunner.load(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_dtype=settings.kv_dtype,
-        kv_bytes=parse_bytes(settings.kv_bytes),
-        block_tokens=settings.block_tokens,
-        progress=progress,
-    )
-
-
-def _fingerprint(settings: WorkerSettings, runner: ModelRunner) -> bytes:
-    return model_fingerprint(
-        settings.model,
-        kv_dtype=str(runner.precision),
-        layout_version=LAYOUT_VERSION,
-        block_tokens=settings.block_tokens,
-    )

@@ -7,6 +7,16 @@ from pathlib import Path
 
 from mesh.settings import ServiceSettings, setting
 
+MAX_RMSNORM_WARPS = 32  # warps of the largest thread block
+
+
+def parse_warps(text: str) -> int:
+    """The power of two in `text`; ValueError names text and limit. Digits only: no sign, no 0x."""
+    sizes = {str(1 << n): 1 << n for n in range(MAX_RMSNORM_WARPS.bit_length())}
+    if text not in sizes:
+        raise ValueError(f"{text[:40]!r} is not a power of two from 1 to {MAX_RMSNORM_WARPS}")
+    return sizes[text]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings(ServiceSettings):
@@ -27,6 +37,13 @@ class WorkerSettings(ServiceSettings):
         help="of KV; auto is the dtype of activations, fp8 keeps a scale per vector",
         choices=("auto", "bf16", "fp8"),
     )
+    load_format: str = setting(
+        "auto",
+        group="model",
+        help="where weights come from; auto reads *.safetensors, dummy makes random weights of "
+        "config.json",
+        choices=("auto", "dummy"),
+    )
     device: str = setting(
         "cpu",
         group="model",
@@ -39,6 +56,14 @@ class WorkerSettings(ServiceSettings):
     max_batch: int = setting(64, group="scheduling", help="most sequences per step", minimum=1)
     chunk_tokens: int = setting(
         512, group="scheduling", help="most prompt tokens computed per step", minimum=16
+    )
+    rmsnorm_warps: int | None = setting(
+        None,
+        group="kernels",
+        help="warps per row of the norm on a GPU, a power of two from 1 to 32; none is the tuned "
+        "table's choice",
+        env="RMSNORM_WARPS",
+        parse=parse_warps,
     )
 
     def __post_init__(self) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.cuda_graphs import GraphBuckets, bucket_sizes
+from engine.cuda_graphs import GraphBuckets, GraphPool, bucket_sizes
 from engine.cuda_runner import CudaRunner
 from engine.cuda_step import CudaStep
 from engine.plan import UNKNOWN_TOKEN, Chunk, ChunkResult, SampleRequest, SamplingParams
+from engine.prompt_graphs import MAX_PROMPTS, MAX_ROWS, prompt_sizes
 from engine.runner import ModelRunner
 from engine.runners import RunnerOptions, load_cuda_runner
 from engine.sampler import LogitsError
@@ -214,7 +216,29 @@ def test_batches_run_in_the_smallest_graph_that_holds_them() -> None:
     assert bucket_sizes(20) == [1, 2, 4, 8, 16, 24]
     assert bucket_sizes(300)[-4:] == [248, 256, 288, 320]
     ran: list[int] = []
-    graphs = GraphBuckets(bucket_sizes(20), ran.append, torch.device("cpu"))
+    pool = GraphPool(torch.device("cpu"))
+    graphs = GraphBuckets("decode steps", bucket_sizes(20), ran.append, pool)
     for num_rows in (1, 3, 5, 17, 24):
         graphs.replay(graphs.size_for(num_rows))
     assert ran == [1, 4, 8, 24, 24] and graphs.largest == 24
+
+
+def test_prompts_run_in_graphs_little_larger_than_they_are() -> None:
+    assert prompt_sizes(1) == prompt_sizes(64) == [64]
+    assert prompt_sizes(200) == [64, 128, 192, 256]
+    assert prompt_sizes(2048)[-3:] == [1536, 1792, 2048]
+    sizes = prompt_sizes(8192)
+    assert sizes[-1] == MAX_ROWS
+    assert all(3 * small >= 2 * large for small, large in pairwise(sizes) if small >= 128)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 5, MAX_PROMPTS, MAX_PROMPTS + 1])
+def test_prompts_together_in_a_graph_are_those_alone(model: Path, num_prompts: int) -> None:
+    """More than a graph takes run kernel by kernel, with the same bits."""
+    runner, plain = load(model), load(model, graphs=False)
+    texts = [[(7 * n + i) % 256 for i in range(1 + n % 3)] for n in range(num_prompts)]
+    chunks = [chunk(text, 0, [n], len(text)) for n, text in enumerate(texts)]
+    assert runner.step(chunks) == plain.step(chunks)
+    together = runner.hidden_states(chunks)
+    for number, alone in enumerate(chunks):
+        assert torch.equal(runner.hidden_states([alone])[0], together[number]), number
