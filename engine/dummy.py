@@ -44,7 +44,7 @@ def dummy_weights(
 def dummy_weights_id(device: torch.device, *, seed: int = SEED) -> str:
     """Names the weights that `dummy_weights` makes of a config: seed and kind of device.
 
-    A GPU's kind is its model: the generator deals its numbers out to as many threads as it has.
+    A GPU's kind is its model: the numbers are dealt out to the threads it can run at once.
     """
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"random, seed {seed}, {kind}"

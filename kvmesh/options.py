@@ -83,12 +83,13 @@ def _check_model(options: MeshOptions) -> None:
         )
     if not (model / "tokenizer.json").is_file():
         raise PlanError(
-            f"--model {model}: no tokenizer.json there; the gateway needs it, random weights "
-            "(--load-format dummy) or not: copy the model's tokenizer files there"
+            f"--model {model}: no tokenizer.json there; the gateway needs the model's fast "
+            "tokenizer, with --load-format dummy too"
         )
     if options.load_format != "dummy" and not any(model.glob("*.safetensors")):
         raise PlanError(
-            f"--model {model}: no *.safetensors there; --load-format dummy makes random weights"
+            f"--model {model}: no *.safetensors there; kvmesh up --load-format dummy makes random "
+            "weights"
         )
 
 

@@ -40,7 +40,7 @@ class WorkerSettings(ServiceSettings):
     load_format: str = setting(
         "auto",
         group="model",
-        help="where weights come from; auto reads *.safetensors, dummy makes random weights of "
+        help="where weights come from; auto reads *.safetensors, dummy makes random ones for "
         "config.json",
         choices=("auto", "dummy"),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.dummy import dummy_weights
+from engine.dummy import dummy_weights, dummy_weights_id
 from engine.quantisation import WeightFormat
 from engine.weights import Parameters, allocate
 from tests.support.tiny_models import make_tiny_model
@@ -57,3 +57,14 @@ def test_the_seed_decides(config: ModelConfig) -> None:
     bits = [[t.view(torch.uint8) for t in made.values()] for made in (one, same, other)]
     assert all(torch.equal(a, b) for a, b in zip(bits[0], bits[1], strict=True))
     assert not torch.equal(bits[0][0], bits[2][0])
+
+
+def test_seed_and_kind_of_device_name_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "NVIDIA H100"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"{name} of {device.type}")
+    gpu = torch.device("cuda")
+    names = {dummy_weights_id(CPU), dummy_weights_id(CPU, seed=1), dummy_weights_id(gpu)}
+    assert dummy_weights_id(torch.device("cpu")) in names
+    assert dummy_weights_id(torch.device("cuda", 1)) in names
+    name = "NVIDIA L4"
+    assert len({*names, dummy_weights_id(gpu)}) == 4

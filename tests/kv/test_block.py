@@ -69,9 +69,14 @@ def _fingerprint(
     kv_dtype: str = "fp32",
     layout_version: int = LAYOUT_VERSION,
     block_tokens: int = 64,
+    weights_id: str | None = None,
 ) -> bytes:
     return model_fingerprint(
-        model, kv_dtype=kv_dtype, layout_version=layout_version, block_tokens=block_tokens
+        model,
+        kv_dtype=kv_dtype,
+        layout_version=layout_version,
+        block_tokens=block_tokens,
+        weights_id=weights_id,
     )
 
 
@@ -97,6 +102,23 @@ def test_whatever_changes_the_bytes_changes_the_fingerprint(tmp_path: Path) -> N
     (model / "tokenizer.json").write_text("{ }")
     prints.add(_fingerprint(model))
     assert len(prints) == 8
+
+
+def test_weights_of_no_file_go_by_their_name_and_never_meet_a_checkpoint(tmp_path: Path) -> None:
+    model = _model(tmp_path / "a")
+    of_files, random = _fingerprint(model), _fingerprint(model, weights_id="random")
+    (model / "model.safetensors").unlink()
+    assert _fingerprint(model, weights_id="random") == random
+    (model / "model.safetensors").write_text("not looked at")
+    assert _fingerprint(model, weights_id="random") == random
+    others = {_fingerprint(model, weights_id=name) for name in ("", "random 1")}
+    others.add(_fingerprint(model, weights_id="random", kv_dtype="bf16"))
+    (model / "config.json").write_text('{"hidden_size": 9}')
+    others.add(_fingerprint(model, weights_id="random"))
+    assert len({of_files, random, *others}) == 6
+    (model / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        _fingerprint(model, weights_id="random")
 
 
 def test_malformed_models_are_named(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 
 import pytest
 
 from kvmesh import bench, cli, status
+from kvmesh.options import MeshOptions
+from services.worker_settings import WorkerSettings
 from tests.kvmesh.fake_gateway import GREETING, FakeGateway
 
 
@@ -143,6 +146,23 @@ def test_quantiles_are_nearest_rank() -> None:
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "usage: kvmesh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dtype", "kv_dtype", "load_format"])
+def test_up_offers_the_choices_of_the_workers(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {field.name: field.metadata for field in dataclasses.fields(WorkerSettings)}
+    assert run("up", "--help") == 0
+    flag = "--" + name.replace("_", "-")
+    assert f"{flag} {{{','.join(fields[name]['choices'])}}}" in capsys.readouterr().out
+
+
+def test_up_hands_the_load_format_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[MeshOptions] = []
+    monkeypatch.setattr(cli, "run_up", lambda options, sample: seen.append(options) or 0)
+    assert run("up", "--load-format", "dummy") == 0 and run("up") == 0
+    assert [options.load_format for options in seen] == ["dummy", "auto"]
 
 
 @pytest.mark.parametrize("flag", ["--requests", "--concurrency", "--prompt-tokens"])

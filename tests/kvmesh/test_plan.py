@@ -14,10 +14,13 @@ from kvmesh.options import MeshOptions, PlanError
 from kvmesh.plan import MeshPlan, connectable, plan_mesh, threads_per_worker
 from services.worker_settings import WorkerSettings
 
+FILES = ("config.json", "tokenizer.json", "model.safetensors")
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text("{}")
+    for name in FILES:
+        (tmp_path / name).write_text("{}")
     return tmp_path
 
 
@@ -180,9 +183,29 @@ def test_sizes_of_the_workers_reach_them_and_defaults_stay_theirs(model: Path) -
         assert "--chunk-tokens" not in spec.flags
 
 
+def test_the_load_format_reaches_every_worker_and_no_other(model: Path) -> None:
+    plan = plan_mesh(MeshOptions(model=model, port=0, load_format="dummy"))
+    assert [flag(spec.flags, "--load-format") for spec in plan.workers] == ["dummy"] * 2
+    assert all("--load-format" not in spec.flags for spec in (plan.gateway, *plan.kvstores))
+
+
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"no config\.json"):
+    with pytest.raises(PlanError, match=r"nothing: no config\.json"):
         plan_mesh(MeshOptions(model=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_a_missing_tokenizer_is_named_before_anything_starts(model: Path, load_format: str) -> None:
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(PlanError, match=r"no tokenizer\.json.* gateway .*--load-format dummy too"):
+        plan_mesh(MeshOptions(model=model, port=0, load_format=load_format))
+
+
+def test_only_random_weights_need_no_file_of_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    plan_mesh(MeshOptions(model=model, port=0, load_format="dummy"))
+    with pytest.raises(PlanError, match=r"no \*\.safetensors there; .*--load-format dummy"):
+        plan_mesh(MeshOptions(model=model, port=0))
 
 
 def test_a_wildcard_host_is_dialled_on_loopback() -> None:

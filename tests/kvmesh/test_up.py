@@ -27,7 +27,8 @@ class Up:
     """`kvmesh up` with its services replaced by the fake script."""
 
     def __init__(self, folder: Path, mode: str, *flags: str) -> None:
-        (folder / "config.json").write_text("{}")
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (folder / name).write_text("{}")
         self.journal = folder / "journal"
         self.process = subprocess.Popen(
             [
