@@ -69,12 +69,8 @@ class CudaRunner:
         with torch.inference_mode():
             self._forward.warm_up(chunk_tokens)
             pool = GraphPool(device)
-            # The largest first, see GraphBuckets.
             self._prompts = self._capture_prompts(chunk_tokens, pool, progress) if graphs else None
-            enqueue = self._enqueue_rows
-            self._graphs = (
-                GraphBuckets("decode steps", sizes, enqueue, pool, progress) if graphs else None
-            )
+            self._graphs = self._capture_decode(sizes, pool, progress) if graphs else None
 
     def step(self, chunks: list[Chunk]) -> list[ChunkResult]:
         """Computes every chunk; one result per chunk, in order."""
@@ -117,7 +113,9 @@ class CudaRunner:
     def _capture_prompts(
         self, chunk_tokens: int, pool: GraphPool, progress: Callable[[str], None]
     ) -> PromptGraphs | None:
-        """None for FP8 pages, whose prefill takes memory by the length of the prompts."""
+        """Before decode steps, which need less, see GraphBuckets. None for FP8 pages, whose prefill
+        takes memory by the length of the prompts.
+        """
         if self.cache.pages.scales is not None:
             return None
         sizes = prompt_sizes(chunk_tokens)
@@ -130,6 +128,11 @@ class CudaRunner:
         )
         forward = functools.partial(self._forward.prompt_rows, inputs)
         return PromptGraphs(sizes, inputs, forward, hidden, pool, progress)
+
+    def _capture_decode(
+        self, sizes: list[int], pool: GraphPool, progress: Callable[[str], None]
+    ) -> GraphBuckets:
+        return GraphBuckets("decode steps", sizes, self._enqueue_rows, pool, progress)
 
     def _fits_graph(self, chunks: list[Chunk]) -> bool:
         """Single output tokens, one seed each."""

@@ -1,10 +1,13 @@
 """The worker's paged KV memory: one page-aligned arena in the block layout.
 
-Owns the bytes. Never knows whose blocks they are, and never registers the arena with NIXL.
+Owns the bytes. Never knows whose blocks they are, and never registers the arena with NIXL. On a GPU
+digests and tails have a stream of their own: they concern blocks that no step touches any more, and
+wait for none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import torch
@@ -46,15 +49,27 @@ class KvCache:
         self.pages = KvPages.of(self.storage, layout.shape, dtype)
         self.blocks = self.pages.values
         self._rows = self.storage.view(num_blocks, layout.num_bytes)
+        self._beside = torch.cuda.Stream(self.storage.device) if self.storage.is_cuda else None
+
+    @property
+    def device_id(self) -> int | None:
+        """Index of the GPU that the arena is on; None on a CPU."""
+        return self.storage.device.index if self.storage.is_cuda else None
 
     @property
     def address(self) -> int:
         """Virtual address of the arena."""
         return self.storage.data_ptr()
 
+    def make_current(self) -> None:
+        """Lets the calling thread use the arena's GPU; does nothing on a CPU."""
+        if self.storage.is_cuda:
+            torch.cuda.set_device(self.storage.device)
+
     def digest(self, block_ids: list[int]) -> list[int]:
         """64-bit digest of each block's bytes, unsigned; see kernels/block_digest.py. Waits."""
-        return ops.block_digest(self._rows, block_ids)
+        with self._beside_steps():
+            return ops.block_digest(self._rows, block_ids)
 
     def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
         """Copies whole blocks, sources[i] to targets[i]; lists of equal length."""
@@ -69,10 +84,18 @@ class KvCache:
             self._rows[block].zero_()
 
     def zero_block_tail(self, block: int, num_tokens: int) -> None:
-        """Clears the slots after the first num_tokens: a partial block leaves without old KV."""
-        self.blocks[block, :, :, :, num_tokens:].zero_()
-        if self.pages.scales is not None:
-            self.pages.scales[block, :, :, :, num_tokens:].zero_()
+        """Clears the slots after the first num_tokens: a partial block leaves without old KV.
+        Waits: whoever sends the block away knows nothing of streams.
+        """
+        with self._beside_steps():
+            self.blocks[block, :, :, :, num_tokens:].zero_()
+            if self.pages.scales is not None:
+                self.pages.scales[block, :, :, :, num_tokens:].zero_()
+        if self._beside is not None:
+            self._beside.synchronize()
+
+    def _beside_steps(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if self._beside is None else torch.cuda.stream(self._beside)
 
     @staticmethod
     def scale_num_bytes(dtype: torch.dtype) -> int:

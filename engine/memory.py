@@ -41,8 +41,8 @@ class DeviceMemory:
         return f"{gib(used)} of {gib(self.total_num_bytes)} in use"
 
     def budget(self, fraction: float) -> int:
-        """Bytes to take until this fraction of all is in use; may be negative."""
-        return int(self.total_num_bytes * fraction) - (self.total_num_bytes - self.free_num_bytes)
+        """Bytes that a process may take: this fraction of all, and no more than is free."""
+        return min(int(self.total_num_bytes * fraction), self.free_num_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """How many blocks fit: num_blocks or kv_bytes as given, else what is left of the device.
 
-    fraction: of the device's total memory, what other processes hold included. ModelError, with the
-    numbers, when that is not enough; ValueError when neither size nor device is given.
+    fraction: of the device's total memory, for this process alone: processes that share a device
+    share it by their fractions, whichever starts first. ModelError, with the numbers, when that is
+    not enough; ValueError when neither size nor device is given.
     """
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"memory fraction {fraction}: more than 0, at most 1")
@@ -124,8 +125,7 @@ def plan_memory(
         block_tokens=block_tokens,
         budget_num_bytes=budget,
     )
-    if budget is not None and needs.total + plan.kv_num_bytes > budget:
-        assert device is not None
+    if device is not None and needs.total + plan.kv_num_bytes > device.budget(fraction):
         raise ModelError(_too_little(plan, device, fraction))
     return plan
 
@@ -163,6 +163,6 @@ def _too_little(plan: MemoryPlan, device: DeviceMemory, fraction: float) -> str:
         f"too little memory: weights {gib(needs.weights)} + workspace {gib(needs.workspace)} + "
         f"graphs {gib(needs.graphs)} + KV {gib(plan.kv_num_bytes)} ({plan.num_blocks} blocks of "
         f"{plan.block_num_bytes} bytes) = {gib(needs.total + plan.kv_num_bytes)}; there is "
-        f"{gib(max(0, plan.budget_num_bytes or 0))}: {fraction:.0%} of "
-        f"{gib(device.total_num_bytes)} less {gib(taken)} in use"
+        f"{gib(plan.budget_num_bytes or 0)}: the less of {fraction:.0%} of "
+        f"{gib(device.total_num_bytes)} and what {gib(taken)} in use leave"
     )

@@ -15,6 +15,7 @@ import triton
 from engine.config import ModelConfig
 from engine.cuda_graphs import bucket_sizes
 from engine.cuda_runner import CudaRunner
+from engine.errors import ModelError
 from engine.loading import Precision, block_layout, load_decoder_and_cache
 from engine.memory import (
     DEFAULT_FRACTION,
@@ -68,6 +69,8 @@ def load_runner(
     ModelError or ValueError says what does not fit.
     """
     if torch.device(device).type != "cpu":
+        if not torch.cuda.is_available():
+            raise ModelError(f"device: {device}; torch {torch.__version__} sees no CUDA GPU")
         return load_cuda_runner(model_dir, device=device, options=options, progress=progress)
     return ModelRunner.load(
         model_dir,

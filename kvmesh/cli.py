@@ -67,8 +67,13 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     size = parser.add_argument_group("size of the mesh")
     for role in ("prefill", "decode", "kvstore"):
         size.add_argument(f"--{role}", type=int, default=1, metavar="N", help="number of processes")
-    size.add_argument("--kv-bytes", default="256MiB", help="KV memory of each worker")
-    size.add_argument("--store-bytes", default="256MiB", help="KV memory of each kvstore")
+    size.add_argument(
+        "--kv-bytes",
+        help="KV memory of each worker; default: 256MiB on cpu, what the weights leave on cuda",
+    )
+    size.add_argument(
+        "--store-bytes", help="KV memory of each kvstore; default: 256MiB on cpu, 4GiB on cuda"
+    )
     workers = parser.add_argument_group("workers")
     for flag, text in (
         ("--block-tokens", "tokens per block, 8 to 256"),
@@ -97,13 +102,16 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     )
     model.add_argument("--model-name", default="", help="public name; default: the directory's")
     model.add_argument(
-        "--device", choices=("cpu",), default="cpu", help="of the workers; cuda comes later"
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of workers and kvstores; cuda: all of them share the first GPU",
     )
     model.add_argument(
         "--dtype",
         choices=("auto", "fp32", "bf16", "fp8"),
         default="auto",
-        help="of weights; auto is the checkpoint's FP8, else fp32 on cpu (bf16 checkpoints too)",
+        help="of weights; auto is the checkpoint's FP8, else fp32 on cpu, bf16 on cuda",
     )
     model.add_argument(
         "--kv-dtype",

@@ -20,6 +20,9 @@ MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 8, 256
 MIN_BATCH = 1
 MIN_CHUNK_TOKENS = 16
 MIN_DRAIN_S = 0
+CPU_KV_BYTES = "256MiB"
+STORE_BYTES = {"cpu": "256MiB", "cuda": "4GiB"}
+WORKERS_GPU_FRACTION = 0.8
 
 
 class PlanError(Exception):
@@ -30,7 +33,8 @@ class PlanError(Exception):
 class MeshOptions:
     """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
 
-    block_tokens, max_batch and chunk_tokens None are the workers' own defaults.
+    kv_bytes, block_tokens, max_batch and chunk_tokens None are the workers' own defaults;
+    store_bytes None is STORE_BYTES of the device.
     """
 
     model: Path
@@ -45,14 +49,24 @@ class MeshOptions:
     dtype: str = "auto"
     kv_dtype: str = "auto"
     load_format: str = "auto"
-    kv_bytes: str = "256MiB"
-    store_bytes: str = "256MiB"
+    kv_bytes: str | None = None
+    store_bytes: str | None = None
     block_tokens: int | None = None
     max_batch: int | None = None
     chunk_tokens: int | None = None
     log_format: str = "text"
     log_level: str = "info"
     drain_s: float = 10.0
+
+    @property
+    def store_size(self) -> str:
+        """Memory of each kvstore."""
+        return self.store_bytes or STORE_BYTES[self.device]
+
+    @property
+    def gpu_memory_fraction(self) -> float:
+        """Of one GPU for each worker: all share it, beside the kvstores and CUDA itself."""
+        return round(WORKERS_GPU_FRACTION / (self.num_prefill + self.num_decode), 3)
 
 
 def check_options(options: MeshOptions) -> None:
@@ -101,12 +115,16 @@ def memory_num_bytes() -> int:
 def _check_memory(options: MeshOptions) -> None:
     """What workers on the CPU and the stores ask for together fits into this machine."""
     num_workers = options.num_prefill + options.num_decode
-    kv_num_bytes = _num_bytes("--kv-bytes", options.kv_bytes)
-    asked = _num_bytes("--store-bytes", options.store_bytes) * options.num_kvstore
-    words = f"--store-bytes {options.store_bytes} x {options.num_kvstore} (kvstores)"
-    if options.device == "cpu":
-        asked += kv_num_bytes * num_workers
-        words = f"--kv-bytes {options.kv_bytes} x {num_workers} (workers) + {words}"
+    kv_bytes = CPU_KV_BYTES if options.kv_bytes is None else options.kv_bytes
+    kv_num_bytes = _num_bytes("--kv-bytes", kv_bytes)
+    asked = _num_bytes("--store-bytes", options.store_size) * options.num_kvstore
+    if options.device != "cpu":
+        return  # whose memory it is the services know
+    asked += kv_num_bytes * num_workers
+    words = (
+        f"--kv-bytes {kv_bytes} x {num_workers} (workers) + "
+        f"--store-bytes {options.store_size} x {options.num_kvstore} (kvstores)"
+    )
     limit = memory_num_bytes()
     if asked > limit:
         raise PlanError(f"{words} = {asked} bytes; this machine has {limit} bytes of memory")

@@ -93,7 +93,7 @@ def _store(options: MeshOptions, addresses: list[str], index: int) -> ServiceSpe
         address=address,
         flags=(
             *_shared_flags(options, LOOPBACK, port_of(address)),
-            *("--kv-bytes", options.store_bytes),
+            *("--device", options.device, "--kv-bytes", options.store_size),
         ),
     )
 
@@ -112,7 +112,8 @@ def _worker(
             *(("--model-name", options.model_name) if options.model_name else ()),
             *("--device", options.device, "--dtype", options.dtype),
             *("--kv-dtype", options.kv_dtype, "--load-format", options.load_format),
-            *("--kv-bytes", options.kv_bytes, "--num-threads", str(threads)),
+            *("--gpu-memory-fraction", str(options.gpu_memory_fraction)),
+            *("--num-threads", str(threads)),
             *_sizes(options),
         ),
     )
@@ -120,6 +121,7 @@ def _worker(
 
 def _sizes(options: MeshOptions) -> tuple[str, ...]:
     given = (
+        ("--kv-bytes", options.kv_bytes),
         ("--block-tokens", options.block_tokens),
         ("--max-batch", options.max_batch),
         ("--chunk-tokens", options.chunk_tokens),

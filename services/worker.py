@@ -103,6 +103,8 @@ class Worker:
             role=role,
             incarnation=incarnation,
             arena=(runner.cache.address, runner.cache.num_bytes),
+            device_id=runner.cache.device_id,
+            on_thread_start=runner.cache.make_current,
             loop=loop,
         )
         worker = cls(

@@ -18,17 +18,24 @@ from kv.layout import LAYOUT_VERSION
 from mesh.settings import parse_bytes
 from services.worker_settings import WorkerSettings
 
+CPU_KV_BYTES = "256MiB"
+"""For KV blocks on a CPU where nothing else is asked for."""
+
 
 def load_model(
     settings: WorkerSettings, progress: Callable[[str], None]
 ) -> ModelRunner | CudaRunner:
     """Loads what the flags ask for; ModelError or ValueError says what does not fit."""
+    kv_bytes = settings.kv_bytes
+    if kv_bytes is None and settings.device == "cpu":
+        kv_bytes = CPU_KV_BYTES
     options = RunnerOptions(
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         load_format=settings.load_format,
         block_tokens=settings.block_tokens,
-        kv_bytes=parse_bytes(settings.kv_bytes),
+        kv_bytes=None if kv_bytes is None else parse_bytes(kv_bytes),
+        memory_fraction=settings.gpu_memory_fraction,
         max_batch=settings.max_batch,
         chunk_tokens=settings.chunk_tokens,
         rmsnorm_warps=settings.rmsnorm_warps,

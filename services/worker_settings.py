@@ -47,11 +47,23 @@ class WorkerSettings(ServiceSettings):
     device: str = setting(
         "cpu",
         group="model",
-        help="where tensors live; cuda is refused until blocks can move between GPUs",
+        help="where tensors and blocks live; cuda is the first GPU of CUDA_VISIBLE_DEVICES",
         choices=("cpu", "cuda"),
     )
     kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
-    kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
+    kv_bytes: str | None = setting(
+        None,
+        group="memory",
+        help="memory for KV blocks, such as 2GiB; default: 256MiB on cpu, on cuda what is left of "
+        "--gpu-memory-fraction",
+    )
+    gpu_memory_fraction: float = setting(
+        0.9,
+        group="memory",
+        help="of the GPU's memory for this process: weights, workspace, graphs and KV blocks",
+        minimum=0.01,
+        maximum=1,
+    )
     block_tokens: int = setting(64, group="memory", help="tokens per block", minimum=8, maximum=256)
     max_batch: int = setting(64, group="scheduling", help="most sequences per step", minimum=1)
     chunk_tokens: int = setting(
@@ -65,10 +77,3 @@ class WorkerSettings(ServiceSettings):
         env="RMSNORM_WARPS",
         parse=parse_warps,
     )
-
-    def __post_init__(self) -> None:
-        """ValueError for what this version cannot do."""
-        if self.device == "cuda":
-            raise ValueError(
-                "device cuda: not yet; blocks move between host memories only, use cpu"
-            )

@@ -26,6 +26,7 @@ from mesh.telemetry import Telemetry
 from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
 from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.callers import CallerTable
+from services.kvstore.hbm import HbmArena
 from services.kvstore.index import BlockIndex
 from services.kvstore.servicer import KvStoreServicer
 from services.kvstore.settings import KvStoreSettings
@@ -67,7 +68,9 @@ class KvStore:
         transfer = NixlTransfer.create(
             role=ROLE,
             incarnation=self._incarnation,
-            arena=self._arena.memory,
+            arena=(self._arena.address, self._arena.num_bytes),
+            device_id=self._arena.device_id,
+            on_thread_start=self._arena.make_current,
             loop=asyncio.get_running_loop(),
         )
         servicer = KvStoreServicer(
@@ -98,7 +101,9 @@ class KvStore:
         self._ready = True
         server.set_ready(True)
         announce_ready(role=ROLE, address=self._address, incarnation=self._incarnation)
-        log.info("serving %s bytes of DRAM on %s", self._arena.num_bytes, self._address)
+        log.info(
+            "serving %s bytes of %s on %s", self._arena.num_bytes, self._arena.tier, self._address
+        )
         await stop.wait()
         self._ready = False
         server.set_ready(False)
@@ -154,22 +159,25 @@ class KvStore:
             "quarantined": counts.num_quarantined,
             "dropped": counts.num_dropped,
         }
-        return [(value, {"state": state, "tier": "dram"}) for state, value in states.items()]
+        return [
+            (value, {"state": state, "tier": self._arena.tier}) for state, value in states.items()
+        ]
 
 
-def _open_arena(settings: KvStoreSettings) -> DramArena:
+def _open_arena(settings: KvStoreSettings) -> DramArena | HbmArena:
     """The arena; StartupError when this machine does not have the memory."""
+    num_bytes = settings.arena_num_bytes
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        num_bytes = settings.arena_num_bytes
-        if num_bytes <= limit:
-            return DramArena(num_bytes)
-        reason = f"{num_bytes} bytes"
+        if settings.device == "cuda":
+            return HbmArena(num_bytes)
+        if num_bytes > limit:
+            raise MemoryError(f"{num_bytes} bytes; this machine has {limit} bytes of memory")
+        return DramArena(num_bytes)
     except MemoryError as error:
-        reason = str(error)
-    raise StartupError(
-        f"--kv-bytes {settings.kv_bytes}: {reason}; this machine has {limit} bytes of memory"
-    )
+        raise StartupError(f"--kv-bytes {settings.kv_bytes}: {error}") from error
+    except RuntimeError as error:
+        raise StartupError(f"--device {settings.device}: {error}") from error
 
 
 def main() -> None:

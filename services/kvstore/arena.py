@@ -25,6 +25,9 @@ class DramArena:
     MemoryError when the kernel maps no such range.
     """
 
+    tier = "dram"
+    device_id = None
+
     def __init__(self, num_bytes: int) -> None:
         if num_bytes <= 0:
             raise ValueError(f"arena of {num_bytes} bytes; at least 1 is needed")
@@ -42,6 +45,9 @@ class DramArena:
     def address(self) -> int:
         """Virtual address of the first byte."""
         return int(self.memory.ctypes.data)
+
+    def make_current(self) -> None:
+        """As HbmArena's: every thread may touch DRAM."""
 
     def close(self) -> None:
         """Lets go of the mapping; the kernel takes it when the last view is gone."""

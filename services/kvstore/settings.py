@@ -14,7 +14,13 @@ class KvStoreSettings(ServiceSettings):
     drain_s: float = setting(
         2.0, group="process", help="seconds to let reads and writes end on SIGTERM", minimum=0
     )
-    kv_bytes: str = setting("256MiB", group="memory", help="DRAM for KV blocks, such as 2GiB")
+    device: str = setting(
+        "cpu",
+        group="memory",
+        help="where blocks are: DRAM (cpu) or a GPU's memory (cuda), as those of the workers",
+        choices=("cpu", "cuda"),
+    )
+    kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
     private_ttl_s: float = setting(
         120.0, group="lifetimes", help="seconds a private block waits for its reader", minimum=1
     )

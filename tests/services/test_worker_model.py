@@ -51,6 +51,7 @@ def test_every_option_is_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         load_format="dummy",
         block_tokens=32,
         kv_bytes="3KiB",
+        gpu_memory_fraction=0.25,
         max_batch=5,
         chunk_tokens=77,
         rmsnorm_warps=8,
@@ -63,10 +64,23 @@ def test_every_option_is_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         load_format="dummy",
         block_tokens=32,
         kv_bytes=3072,
+        memory_fraction=0.25,
         max_batch=5,
         chunk_tokens=77,
         rmsnorm_warps=8,
     )
+
+
+def test_kv_takes_what_a_gpu_has_left_and_little_of_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int | None] = []
+    monkeypatch.setattr(
+        worker_model, "load_runner", lambda model, **rest: seen.append(rest["options"].kv_bytes)
+    )
+    for device in ("cpu", "cuda"):
+        load_model(WorkerSettings(device=device), print)
+    assert seen == [256 * 2**20, None]
 
 
 def test_workers_that_make_the_same_weights_have_one_fingerprint(
