@@ -166,18 +166,25 @@ class KvStore:
 
 def _open_arena(settings: KvStoreSettings) -> DramArena | HbmArena:
     """The arena; StartupError when this machine does not have the memory."""
-    num_bytes = settings.arena_num_bytes
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        if settings.device == "cuda":
-            return HbmArena(num_bytes)
-        if num_bytes > limit:
-            raise MemoryError(f"{num_bytes} bytes; this machine has {limit} bytes of memory")
-        return DramArena(num_bytes)
+        num_bytes = settings.arena_num_bytes
+        return HbmArena(num_bytes) if settings.device == "cuda" else _map_dram(num_bytes)
     except MemoryError as error:
         raise StartupError(f"--kv-bytes {settings.kv_bytes}: {error}") from error
     except RuntimeError as error:
         raise StartupError(f"--device {settings.device}: {error}") from error
+
+
+def _map_dram(num_bytes: int) -> DramArena:
+    """MemoryError with the machine's size when it does not fit."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        if num_bytes <= limit:
+            return DramArena(num_bytes)
+        reason = f"{num_bytes} bytes"
+    except MemoryError as error:
+        reason = str(error)
+    raise MemoryError(f"{reason}; this machine has {limit} bytes of memory")
 
 
 def main() -> None:
