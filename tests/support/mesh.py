@@ -84,6 +84,7 @@ class Mesh:
         num_kvstore: int = 1,
         store_bytes: str = "64MiB",
         worker_flags: Sequence[str] = (),
+        store_flags: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> None:
         self.model = model
@@ -91,10 +92,8 @@ class Mesh:
         self._worker_flags = (
             "--model", str(model), "--kv-bytes", "64MiB", "--num-threads", "1", *worker_flags
         )  # fmt: skip
-        self._store_bytes = store_bytes
-        self.kvstores = [
-            self._spawn("kvstore", "--kv-bytes", store_bytes) for _ in range(num_kvstore)
-        ]
+        self._store_flags = ("--kv-bytes", store_bytes, *store_flags)
+        self.kvstores = [self.spawn_store() for _ in range(num_kvstore)]
         for process in self.kvstores:
             wait_ready(process)
         self.stores = ",".join(process.address for process in self.kvstores)
@@ -120,7 +119,7 @@ class Mesh:
 
     def spawn_store(self, *, port: int = 0) -> Process:
         """Starts one more kvstore with this mesh's flags."""
-        return self._spawn("kvstore", "--kv-bytes", self._store_bytes, "--port", str(port))
+        return self._spawn("kvstore", *self._store_flags, "--port", str(port))
 
     def status(self, address: str) -> status_pb2.InstanceStatus:
         """One process's own status."""
