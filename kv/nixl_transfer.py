@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kv.errors import TransferError
-from kv.thread_transfer import ThreadTransfer
+from kv.thread_transfer import PART_NUM_BYTES, ThreadTransfer
 from kv.transfer import Agent, Offsets, Spans
 from kv.transfer_thread import TransferThread
 
@@ -47,6 +47,8 @@ _ENVIRONMENT = {
     "NIXL_LOG_LEVEL": "ERROR",
 }
 _PROGRESS_DELAY_US = 10_000
+# At 800 GB/s between device memories: as long as waiting for two parts would take.
+_DEVICE_PART_NUM_BYTES = 512 * 2**20
 _patch_lock = threading.Lock()
 
 
@@ -93,7 +95,10 @@ class NixlTransfer(ThreadTransfer):
             incarnation=incarnation,
             host_id=_host_id(),
         )
-        return cls(agent=agent, backend=backend, thread=thread, loop=loop)
+        part_num_bytes = PART_NUM_BYTES if device_id is None else _DEVICE_PART_NUM_BYTES
+        return cls(
+            agent=agent, backend=backend, thread=thread, loop=loop, part_num_bytes=part_num_bytes
+        )
 
 
 class _NixlBackend:

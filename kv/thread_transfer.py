@@ -16,7 +16,8 @@ from kv.transfer_thread import Backend, Flight, TransferThread
 
 log = logging.getLogger("kvmesh.transfer")
 
-_PART_NUM_BYTES = 32 * 2**20  # with one span on top, at most 64 MiB are posted as one request
+PART_NUM_BYTES = 32 * 2**20
+"""Least bytes of a request but the last: with one span on top, at most 64 MiB."""
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -30,7 +31,10 @@ class ThreadTransfer:
         backend: Backend,
         thread: TransferThread,
         loop: asyncio.AbstractEventLoop,
+        part_num_bytes: int = PART_NUM_BYTES,
     ) -> None:
+        """part_num_bytes: a transfer that is given up stops after the requests that are posted."""
+        self._part_num_bytes = part_num_bytes
         self._agent = agent
         self._backend = backend
         self._thread = thread
@@ -134,7 +138,7 @@ class ThreadTransfer:
         flight = Flight(
             operation=operation,
             peer=peer,
-            parts=group(runs, _PART_NUM_BYTES),
+            parts=group(runs, self._part_num_bytes),
             on_over=lambda error: self._post_result(over, error),
         )
         self._thread.submit(flight)

@@ -19,7 +19,7 @@ from kv.transfer import Agent, Spans
 log = logging.getLogger("kvmesh.transfer")
 
 _SPINS = 8
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.0002, 0.002
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.00005, 0.002
 _IDLE_WAIT_S = 1.0
 _MAX_POSTED = 2  # parts of one flight: the next one is queued while the first moves
 

@@ -60,6 +60,7 @@ class Pull:
         self._leases: list[_Lease] = []
         self._lent: dict[int, tuple[Shard, kvstore_pb2.LeasedBlock]] = {}
         self._read: set[int] = set()
+        self._digests: list[int] = []
         self.failures: list[str] = []
 
     async def run(self) -> int:
@@ -72,8 +73,9 @@ class Pull:
                 return 0
             wanted = [x for x in self._leases if x.indices and x.indices[0] < num_found]
             await each(self._fetch(lease, num_found) for lease in wanted)
-            await each(self._confirm(lease) for lease in wanted)
-            return await self._verify(_prefix(self._read))
+            # Side by side: digests are of local bytes, which no end of a lease changes any more.
+            await each([self._digest(), *(self._confirm(lease) for lease in wanted)])
+            return self._verify(_prefix(self._read))
         finally:
             for lease in self._leases:
                 if not lease.is_released:
@@ -158,21 +160,24 @@ class Pull:
             return False
         return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
 
-    async def _verify(self, num_read: int) -> int:
-        """Compares digests; cuts at the first block that differs and reports all that do."""
-        if num_read == 0:
-            return 0
-        local_ids = list(self._block_ids[:num_read])
+    async def _digest(self) -> None:
+        """Digests of what was read, as they are here."""
+        num_read = _prefix(self._read)
+        if not num_read:
+            return
         try:
             async with asyncio.timeout(self._deadline.remaining_s):
-                digests = await self._shards.digest(local_ids)
+                self._digests = await self._shards.digest(list(self._block_ids[:num_read]))
         except TimeoutError:
             self._fail("timeout", num_read)
-            return 0
+
+    def _verify(self, num_read: int) -> int:
+        """Compares digests; cuts at the first block that differs and reports all that do."""
+        num_read = min(num_read, len(self._digests))
         corrupt = [
             index
-            for index, digest in enumerate(digests)
-            if digest & _DIGEST_MASK != self._lent[index][1].digest
+            for index in range(num_read)
+            if self._digests[index] & _DIGEST_MASK != self._lent[index][1].digest
         ]
         if not corrupt:
             return num_read

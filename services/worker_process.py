@@ -14,6 +14,7 @@ from mesh.process import (
     announce_ready,
     new_incarnation,
     run_service,
+    settle_heap,
 )
 from mesh.server import ServiceServer
 from mesh.settings import parse_settings
@@ -111,6 +112,7 @@ async def _serve(
     address = f"{settings.host}:{port}"
     ready = True
     server.set_ready(True)
+    settle_heap()
     announce_ready(role=name, address=address, incarnation=worker.incarnation)
     await stop.wait()
     ready = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
-from mesh.process import announce_ready
+from mesh.process import announce_ready, settle_heap
 from mesh.server import ServiceServer
 from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
@@ -113,6 +113,7 @@ class Gateway:
                 self._admin.set_ready(was_ready)
             if was_ready and not is_announced:
                 is_announced = True
+                settle_heap()
                 announce_ready(role="gateway", address=address, incarnation=self._incarnation)
             await self.router.changed()
 

@@ -17,6 +17,7 @@ from mesh.process import (
     num_fds,
     rss_num_bytes,
     run_service,
+    settle_heap,
     task_count,
 )
 from mesh.server import ServiceServer
@@ -100,6 +101,7 @@ class KvStore:
         self._address = f"{settings.host}:{port}"
         self._ready = True
         server.set_ready(True)
+        settle_heap()
         announce_ready(role=ROLE, address=self._address, incarnation=self._incarnation)
         log.info(
             "serving %s bytes of %s on %s", self._arena.num_bytes, self._arena.tier, self._address
