@@ -1,4 +1,4 @@
-"""A worker's view of all kvstores: pull, publish, discard. Block b lies at b * block_num_bytes.
+"""A worker's view of all kvstores. Local block b lies at b * block_num_bytes of the arena.
 
 Owns the shards' connections and the work that outlives a request. Never raises for store trouble:
 the store is a cache, and losing it costs only recomputation.
@@ -21,10 +21,12 @@ from mesh.kvstore_shards import MAX_KEYS, TROUBLE, Background, Deadline, Shards
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2
 
-__all__ = ["Hold", "KvStoreClient", "PullResult"]
+__all__ = ["Deadline", "Hold", "KvStoreClient", "Publish", "PullResult"]
 
 _START_TIMEOUT_S = 2.5
 _CLOSE_TIMEOUT_S = 2.0
+RESERVE_S = 120.0
+"""Slots are kept for a prompt that is being computed; one that takes longer is not stored."""
 
 
 class KvStoreClient:
@@ -118,15 +120,16 @@ class KvStoreClient:
         get_s = time.monotonic() - started_at
         return PullResult(num_blocks=num_blocks, get_s=get_s, failures=tuple(pull.failures))
 
-    async def pull_private(
-        self, key: bytes, block_id: int, *, deadline_s: float, hold: Hold
-    ) -> bool:
-        """Like `pull` for one private block; the store drops it with the lease, verified or not."""
-        return (
-            await self.pull([key], [block_id], deadline_s=deadline_s, hold=hold)
-        ).num_blocks == 1
+    def publish(
+        self, keys: Sequence[bytes], *, is_private: bool = False, reserve_s: float = RESERVE_S
+    ) -> Publish:
+        """For blocks under these keys (32 bytes, parents first): `reserve`, `send`, `close`.
 
-    async def publish(
+        Local blocks stay unchanged while they are sent; their slots are kept for reserve_s seconds.
+        """
+        return Publish(shards=self._shards, keys=keys, is_private=is_private, reserve_s=reserve_s)
+
+    async def put(
         self,
         keys: Sequence[bytes],
         block_ids: Sequence[int],
@@ -134,25 +137,24 @@ class KvStoreClient:
         is_private: bool = False,
         deadline_s: float,
     ) -> int:
-        """Writes local blocks into the stores and seals them; the caller keeps them unchanged.
+        """Publishes local blocks at once.
 
         Returns how many of the keys are sealed in the stores now, those of other writers included.
         """
         _check_same_len(keys, block_ids)
         if not keys:
             return 0
-        publish = Publish(
-            shards=self._shards,
-            keys=keys,
-            block_ids=block_ids,
-            is_private=is_private,
-            deadline=Deadline(deadline_s),
-        )
-        with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
-            num_sealed = await publish.run()
-            span.set_attribute("kvmesh.keys", len(keys))
-            span.set_attribute("kvmesh.blocks", num_sealed)
-        return num_sealed
+        deadline = Deadline(deadline_s)
+        publish = self.publish(keys, is_private=is_private, reserve_s=deadline_s)
+        try:
+            with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
+                await publish.reserve(deadline)
+                num_sealed = await publish.send(0, block_ids, deadline)
+                span.set_attribute("kvmesh.keys", len(keys))
+                span.set_attribute("kvmesh.blocks", num_sealed)
+            return num_sealed
+        finally:
+            publish.close()
 
     async def discard(self, keys: Sequence[bytes]) -> None:
         """Drops private blocks that nobody will read; best effort."""

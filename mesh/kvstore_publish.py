@@ -1,7 +1,8 @@
-"""One publish: Reserve, WRITE, digest, Seal. Owns the reservations, which always end.
+"""One publish: Reserve for all blocks at once, then WRITE, digest and Seal part by part.
 
-Never seals a block whose WRITE did not end well. A reservation whose WRITE is late is acknowledged
-when that transfer is over, not before: the store reuses the slot then.
+Slots can so be asked for while their blocks are still being computed. Owns the reservations, which
+always end. Never seals a block whose WRITE did not end well. A reservation whose WRITE is late is
+acknowledged when that transfer is over, not before: the store reuses the slot then.
 """
 
 from __future__ import annotations
@@ -18,155 +19,213 @@ from protos import kvstore_pb2
 _DIGEST_MASK = 2**64 - 1
 
 
-@dataclass(slots=True, kw_only=True)
-class _Grant:
-    """Slots that one store reserved; `indices` are positions among the publish's keys."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Slot:
+    """Where a store wants a block."""
 
     shard: Shard
-    num_sealed_before: int = 0
-    indices: list[int] = field(default_factory=list)
-    reservation_ids: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
+    reservation_id: int
+    offset: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Part:
+    """Blocks on their way to one store; `indices` are positions among the publish's keys."""
+
+    shard: Shard
+    indices: list[int]
+    slots: list[_Slot]
     is_written: bool = False
     is_closed: bool = False
     late: asyncio.Future[None] | None = None
 
+    @property
+    def reservation_ids(self) -> list[int]:
+        """Of the slots, in order."""
+        return [slot.reservation_id for slot in self.slots]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Grant:
+    """One store's answer: slots and blocks sealed already, by position among the keys."""
+
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    sealed: set[int] = field(default_factory=set)
+
 
 class Publish:
-    """One publish of local blocks `block_ids` under `keys`."""
+    """One publish under `keys`: `reserve` once, `send` parts, `close` at the end.
+
+    reserve_s: seconds that slots are kept for.
+    """
 
     def __init__(
-        self,
-        *,
-        shards: Shards,
-        keys: Sequence[bytes],
-        block_ids: Sequence[int],
-        is_private: bool,
-        deadline: Deadline,
+        self, *, shards: Shards, keys: Sequence[bytes], is_private: bool, reserve_s: float
     ) -> None:
         self._shards = shards
         self._keys = keys
-        self._block_ids = block_ids
         self._is_private = is_private
-        self._deadline = deadline
-        self._grants: list[_Grant] = []
-        self._digests: dict[int, int] = {}
-        self._num_sealed = 0
+        self._ttl_s = Deadline(reserve_s).ttl_s
+        self._slots: dict[int, _Slot] = {}
+        self._sealed: set[int] = set()
 
-    async def run(self) -> int:
-        """Returns how many of the keys are sealed in the stores now."""
+    async def reserve(self, deadline: Deadline) -> None:
+        """Asks the stores for slots; those that have trouble give none."""
+        await self._ask(range(len(self._keys)), deadline)
+
+    async def send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
+        """Sends local blocks block_ids under the keys from `first` on; how many are sealed now."""
+        indices = range(first, first + len(block_ids))
+        # Of what had another writer, or a store in trouble, then.
+        missing = [i for i in indices if i not in self._slots and i not in self._sealed]
+        if missing:
+            await self._ask(missing, deadline)
+        blocks = dict(zip(indices, block_ids, strict=True))
+        parts: dict[Shard, _Part] = {}
+        for index in indices:
+            slot = self._slots.pop(index, None)
+            if slot is not None:
+                part = parts.setdefault(slot.shard, _Part(shard=slot.shard, indices=[], slots=[]))
+                part.indices.append(index)
+                part.slots.append(slot)
+        digests: dict[int, int] = {}
         try:
-            assigned = self._shards.assign(self._keys)
-            await each(self._reserve(shard, indices) for shard, indices in assigned)
-            if self._grants:
-                await each([self._digest(), *(self._write(grant) for grant in self._grants)])
-                written = [grant for grant in self._grants if grant.is_written]
-                await each(self._seal(grant) for grant in written if self._digests)
-            return self._num_sealed
+            if parts:
+                writes = (self._write(part, blocks, deadline) for part in parts.values())
+                await each([self._digest(parts, blocks, digests, deadline), *writes])
+                written = [part for part in parts.values() if part.is_written]
+                await each(self._seal(part, digests) for part in written if digests)
+            return sum(index in self._sealed for index in indices)
         finally:
-            for grant in self._grants:
-                if not grant.is_closed:
-                    self._shards.background.spawn(self._give_back(grant))
+            for part in parts.values():
+                if not part.is_closed:
+                    self._shards.background.spawn(self._give_back(part))
 
-    async def _reserve(self, shard: Shard, indices: list[int]) -> None:
-        for first in range(0, len(indices), MAX_KEYS):
-            chunk = indices[first : first + MAX_KEYS]
+    def close(self) -> None:
+        """Gives back what was not sent."""
+        slots, self._slots = self._slots, {}
+        if slots:
+            self._shards.background.spawn(self._give_back_slots(list(slots.values())))
+
+    async def _ask(self, indices: Sequence[int], deadline: Deadline) -> None:
+        assigned = self._shards.assign([self._keys[index] for index in indices])
+        await each(
+            self._reserve(shard, [indices[place] for place in places], deadline)
+            for shard, places in assigned
+        )
+
+    async def _reserve(self, shard: Shard, indices: list[int], deadline: Deadline) -> None:
+        for start in range(0, len(indices), MAX_KEYS):
+            chunk = indices[start : start + MAX_KEYS]
             try:
                 grant = await self._shards.background.keep(
-                    self._grant(shard, chunk), undo=self._give_back
+                    self._grant(shard, chunk, deadline),
+                    undo=lambda grant: self._give_back_slots(list(grant.slots.values())),
                 )
             except TROUBLE:
                 return
-            self._num_sealed += grant.num_sealed_before
-            if grant.indices:
-                self._grants.append(grant)
+            self._slots |= grant.slots
+            self._sealed |= grant.sealed
 
-    async def _grant(self, shard: Shard, indices: list[int]) -> _Grant:
+    async def _grant(self, shard: Shard, indices: list[int], deadline: Deadline) -> _Grant:
         request = kvstore_pb2.ReserveRequest(
             incarnation=self._shards.incarnation,
             keys=[self._keys[index] for index in indices],
             num_bytes=self._shards.block_num_bytes,
             is_private=self._is_private,
-            ttl_s=self._deadline.ttl_s,
+            ttl_s=self._ttl_s,
         )
-        response = await shard.call("Reserve", request, self._deadline.remaining_s)
-        grant = _Grant(shard=shard)
+        response = await shard.call("Reserve", request, deadline.remaining_s)
+        grant = _Grant()
         for index, reservation in zip(indices, response.reservations, strict=False):
             if reservation.outcome == kvstore_pb2.Reservation.OUTCOME_ALREADY_SEALED:
-                grant.num_sealed_before += 1
+                grant.sealed.add(index)
             elif reservation.outcome != kvstore_pb2.Reservation.OUTCOME_RESERVED:
                 continue
             elif self._shards.fits(shard, reservation.slot):
-                grant.indices.append(index)
-                grant.reservation_ids.append(reservation.reservation_id)
-                grant.offsets.append(reservation.slot.offset)
+                grant.slots[index] = _Slot(
+                    shard=shard,
+                    reservation_id=reservation.reservation_id,
+                    offset=reservation.slot.offset,
+                )
         return grant
 
-    async def _digest(self) -> None:
+    async def _digest(
+        self,
+        parts: dict[Shard, _Part],
+        blocks: dict[int, int],
+        digests: dict[int, int],
+        deadline: Deadline,
+    ) -> None:
         """Digests of what is to be sealed, while it is being written: both only read."""
-        indices = [index for grant in self._grants for index in grant.indices]
+        indices = [index for part in parts.values() for index in part.indices]
         try:
-            async with asyncio.timeout(self._deadline.remaining_s):
-                digests = await self._shards.digest([self._block_ids[index] for index in indices])
+            async with asyncio.timeout(deadline.remaining_s):
+                made = await self._shards.digest([blocks[index] for index in indices])
         except TimeoutError:
             return
-        self._digests = dict(zip(indices, digests, strict=True))
+        digests.update(zip(indices, made, strict=True))
 
-    async def _write(self, grant: _Grant) -> None:
+    async def _write(self, part: _Part, blocks: dict[int, int], deadline: Deadline) -> None:
         num_bytes, started_at = self._shards.block_num_bytes, time.monotonic()
 
         def remember(settled: asyncio.Future[None]) -> None:
-            grant.late = settled
+            part.late = settled
 
         try:
-            await grant.shard.write(
-                [self._block_ids[index] * num_bytes for index in grant.indices],
-                grant.offsets,
+            await part.shard.write(
+                [blocks[index] * num_bytes for index in part.indices],
+                [slot.offset for slot in part.slots],
                 num_bytes,
-                self._deadline.remaining_s,
+                deadline.remaining_s,
                 remember,
             )
         except TROUBLE:
             return
-        self._shards.count_moved("put", len(grant.indices), time.monotonic() - started_at)
-        grant.is_written = True
+        self._shards.count_moved("put", len(part.indices), time.monotonic() - started_at)
+        part.is_written = True
 
-    async def _seal(self, grant: _Grant) -> None:
-        grant.is_closed = True
-        num_sealed = await self._shards.background.keep(
-            self._seal_or_give_back(grant), undo=lambda _: self._forget_private(grant)
+    async def _seal(self, part: _Part, digests: dict[int, int]) -> None:
+        part.is_closed = True
+        sealed = await self._shards.background.keep(
+            self._seal_or_give_back(part, digests), undo=lambda _: self._forget_private(part)
         )
-        self._num_sealed += num_sealed  # after the await: shards seal side by side
+        self._sealed |= sealed
 
-    async def _seal_or_give_back(self, grant: _Grant) -> int:
+    async def _seal_or_give_back(self, part: _Part, digests: dict[int, int]) -> set[int]:
         request = kvstore_pb2.SealRequest(
             incarnation=self._shards.incarnation,
-            reservation_ids=grant.reservation_ids,
-            digests=[self._digests[index] & _DIGEST_MASK for index in grant.indices],
+            reservation_ids=part.reservation_ids,
+            digests=[digests[index] & _DIGEST_MASK for index in part.indices],
         )
         try:
-            response = await grant.shard.call("Seal", request, RPC_TIMEOUT_S)
+            response = await part.shard.call("Seal", request, RPC_TIMEOUT_S)
         except TROUBLE:
-            self._shards.background.spawn(self._give_back(grant))
-            return 0
+            self._shards.background.spawn(self._give_back(part))
+            return set()
         if not all(response.sealed):
-            self._shards.background.spawn(self._give_back(grant))
-        return sum(response.sealed)
+            self._shards.background.spawn(self._give_back(part))
+        return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
-    async def _give_back(self, grant: _Grant) -> None:
-        """Acknowledges all reservations of a grant; the store ignores those that were sealed."""
-        if not grant.reservation_ids:
-            return
-        if grant.late is not None:
-            await asyncio.wait([grant.late])
-        request = kvstore_pb2.AcknowledgeRequest(
-            incarnation=self._shards.incarnation, reservation_ids=grant.reservation_ids
-        )
-        await grant.shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+    async def _give_back(self, part: _Part) -> None:
+        """Acknowledges all reservations of a part; the store ignores those that were sealed."""
+        if part.late is not None:
+            await asyncio.wait([part.late])
+        await self._give_back_slots(part.slots)
 
-    async def _forget_private(self, grant: _Grant) -> None:
+    async def _give_back_slots(self, slots: Sequence[_Slot]) -> None:
+        by_shard: dict[Shard, list[int]] = {}
+        for slot in slots:
+            by_shard.setdefault(slot.shard, []).append(slot.reservation_id)
+        for shard, numbers in by_shard.items():
+            request = kvstore_pb2.AcknowledgeRequest(
+                incarnation=self._shards.incarnation, reservation_ids=numbers
+            )
+            await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+
+    async def _forget_private(self, part: _Part) -> None:
         """A private block whose publisher was cancelled has no reader."""
         if self._is_private:
-            keys = [self._keys[index] for index in grant.indices]
+            keys = [self._keys[index] for index in part.indices]
             request = kvstore_pb2.DiscardRequest(keys=keys)
-            await grant.shard.call("Discard", request, RPC_TIMEOUT_S, even_down=True)
+            await part.shard.call("Discard", request, RPC_TIMEOUT_S, even_down=True)

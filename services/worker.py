@@ -25,6 +25,7 @@ from kv.block import salted_root
 from kv.nixl_transfer import NixlTransfer
 from mesh.errors import FailedPrecondition, invalid
 from mesh.kvstore_client import KvStoreClient
+from mesh.kvstore_shards import each
 from mesh.process import num_fds, rss_num_bytes, task_count
 from mesh.status import Rate
 from mesh.telemetry import Telemetry
@@ -148,28 +149,28 @@ class Worker:
                 "prompt_token_ids", f"{prompt_len} tokens; this worker holds 1 to {limit}"
             )
 
-    async def pull(self, keys: list[bytes], blocks: list[int]) -> int:
-        """Pulls the longest sealed prefix of keys into `blocks`; returns how many are verified.
+    async def pull(
+        self, keys: list[bytes], blocks: list[int], tail_key: bytes = b""
+    ) -> tuple[int, bool]:
+        """Pulls the longest sealed prefix of keys into `blocks`, and a private tail into the block
+        behind them; the store drops the tail then. How many blocks are verified, and the tail.
 
         Blocks that a late READ may still write are quarantined; `blocks` ends before the first.
         """
-        if not keys:
-            return 0
         held: list[int] = []
-        result = await self.store.pull(
-            keys, blocks[: len(keys)], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
-        )
-        self._drop_held(blocks, held)
-        return result.num_blocks
+        num_pulled = [0, 0]
 
-    async def pull_private(self, key: bytes, blocks: list[int], index: int) -> bool:
-        """Pulls a private tail into blocks[index]; the store drops it afterwards."""
-        held: list[int] = []
-        pulled = await self.store.pull_private(
-            key, blocks[index], deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
-        )
+        async def pull(number: int, names: list[bytes], targets: list[int]) -> None:
+            result = await self.store.pull(
+                names, targets, deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
+            )
+            num_pulled[number] = result.num_blocks
+
+        whole = len(keys)
+        tail = [pull(1, [tail_key], blocks[whole : whole + 1])] if tail_key else []
+        await each([pull(0, keys, blocks[:whole]), *tail])
         self._drop_held(blocks, held)
-        return pulled
+        return num_pulled[0], num_pulled[1] == 1
 
     def quarantine(self, block_ids: list[int], settled: asyncio.Future[None]) -> None:
         """Keeps blocks from reuse until the transfer that may write them is over."""

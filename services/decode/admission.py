@@ -54,21 +54,18 @@ class Admission:
         return num_computed
 
     async def _pull(self, tokens: list[int]) -> tuple[list[int], int]:
-        """Gets KV for all tokens but the last: sealed blocks, then the private tail."""
+        """Gets KV for all tokens but the last: sealed blocks and the private tail."""
         worker, admit = self._worker, self._admit
         block_tokens = worker.block_tokens
         num_needed = len(tokens) - 1
         keys = block_keys(self._root, tokens[:num_needed], block_tokens)
         blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
         try:
-            num_pulled = await worker.pull(keys, blocks)
-            num_computed = num_pulled * block_tokens
-            if num_pulled == len(keys) and self._has_tail(num_needed):
-                tail = num_pulled
-                key = admit.handoff.tail_key
-                if await worker.pull_private(key, blocks, tail):
-                    num_computed = num_needed
-            return blocks, num_computed
+            tail_key = admit.handoff.tail_key if self._has_tail(num_needed) else b""
+            num_pulled, has_tail = await worker.pull(keys, blocks, tail_key)
+            if has_tail and num_pulled == len(keys):
+                return blocks, num_needed
+            return blocks, num_pulled * block_tokens
         except BaseException:
             worker.release(blocks)
             raise

@@ -38,6 +38,6 @@ class SealedBlocks:
 
     async def _put(self, keys: list[bytes], blocks: list[int]) -> None:
         try:
-            await self._worker.store.publish(keys, blocks, deadline_s=PUBLISH_DEADLINE_S)
+            await self._worker.store.put(keys, blocks, deadline_s=PUBLISH_DEADLINE_S)
         finally:
             self._worker.release(blocks)

@@ -1,7 +1,7 @@
 """PrefillService: one prompt in, sealed blocks and first tokens out.
 
-Owns the life of a prompt on this instance: memory, pull, chunks, put. Never generates
-past the first token.
+Owns the life of a prompt on this instance: memory, pull, chunks, hand-off. Never generates past
+the first token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kv.block import block_keys, prefix_identity
 from mesh.errors import Internal
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 from services import wire
-from services.worker import PUBLISH_DEADLINE_S, Worker
+from services.prefill.sending import Sending
+from services.worker import Worker
 
 if TYPE_CHECKING:
     import grpc
@@ -82,8 +83,8 @@ class Prompt:
         self._root = worker.root(request.cache_salt)
         self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
         self.is_handed_off = False
-        self._num_published = 0
-        self._put: asyncio.Task[bool] | None = None
+        self._num_sent = 0
+        self._sending: Sending | None = None
         self._prompt_logprobs: list[common_pb2.PositionLogprobs] = []
         self._computed: asyncio.Future[StepItem] = asyncio.get_running_loop().create_future()
         self._compute_started_at = 0.0
@@ -111,10 +112,11 @@ class Prompt:
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
         with worker.telemetry.tracer.start_as_current_span("prefill.pull"):
-            num_pulled = await worker.pull(self._keys[:num_reusable], blocks)
+            num_pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
-        self._num_published = num_pulled
+        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key)
+        self._num_sent = num_pulled
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()
         worker.engine.add(self._sequence)
@@ -141,9 +143,9 @@ class Prompt:
         item.keep_blocks = item.is_finished
         self._prompt_logprobs.extend(wire.position_logprobs(p) for p in item.prompt_logprobs)
         num_full = item.num_computed_after // self._worker.block_tokens
-        if num_full > self._num_published:
-            first, self._num_published = self._num_published, num_full
-            self._put = asyncio.ensure_future(self._publish(self._put, first, num_full))
+        if self._sending is not None and num_full > self._num_sent:
+            first, self._num_sent = self._num_sent, num_full
+            self._sending.send(first, self._sequence.blocks[first:num_full])
         if item.token_ids and not self._computed.done():
             self._computed.set_result(item)
 
@@ -155,9 +157,9 @@ class Prompt:
             )
 
     def close(self) -> None:
-        """Frees everything. A put that still runs is dropped: an unsealed block is never read."""
-        if self._put:
-            self._put.cancel()
+        """Frees everything. What is still being sent is dropped: no unsealed block is ever read."""
+        if self._sending is not None:
+            self._sending.close()
         if self._computed.done() and not self._computed.cancelled():
             self._computed.exception()
         self._computed.cancel()
@@ -168,31 +170,15 @@ class Prompt:
         else:
             self._worker.engine.drop(self._sequence)
 
-    async def _publish(self, before: asyncio.Task[bool] | None, first: int, last: int) -> bool:
-        if before is not None and not await before:
-            return False
-        num_sealed = await self._worker.store.publish(
-            self._keys[first:last], self._sequence.blocks[first:last], deadline_s=PUBLISH_DEADLINE_S
-        )
-        return num_sealed == last - first
-
     async def _hand_off(self) -> common_pb2.Handoff:
-        """Waits for the full blocks and seals the tail; what did not seal is recomputed later."""
+        """Waits for the full blocks and the tail; what did not seal is recomputed later."""
         worker, num_tokens = self._worker, len(self._token_ids)
-        if self._put is not None:
-            await self._put
+        assert self._sending is not None, "started before it is finished"
         tail_len = num_tokens % worker.block_tokens
-        tail_key = b""
-        if tail_len and self._request.tail_key and self._request_decodes:
-            tail_block = self._sequence.blocks[num_tokens // worker.block_tokens]
-            await worker.on_settled(worker.runner.cache.zero_block_tail, tail_block, tail_len)
-            key = self._request.tail_key
-            sealed = await worker.store.publish(
-                [key], [tail_block], is_private=True, deadline_s=PUBLISH_DEADLINE_S
-            )
-            tail_key = key if sealed else b""
+        tail_block = self._sequence.blocks[-1] if tail_len and self._request_decodes else None
+        has_tail = await self._sending.finish(tail_block, tail_len)
         return common_pb2.Handoff(
-            tail_key=tail_key,
+            tail_key=self._request.tail_key if has_tail else b"",
             num_tokens=num_tokens,
             identity=prefix_identity(self._root, self._token_ids, worker.block_tokens),
         )

@@ -237,4 +237,4 @@ def keys_of(num: int) -> list[bytes]:
 
 
 async def publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:
-    return await client.publish(keys, list(range(len(keys))), deadline_s=PATIENCE_S, **kwargs)
+    return await client.put(keys, list(range(len(keys))), deadline_s=PATIENCE_S, **kwargs)

@@ -44,7 +44,7 @@ async def test_published_blocks_are_pulled_from_every_shard(mesh: Mesh, num_stor
 async def test_a_prompt_without_full_blocks_asks_nobody(mesh: Mesh) -> None:
     client = await mesh.started()
     assert (await mesh.pull(client, [])).num_blocks == 0
-    assert await client.publish([], [], deadline_s=1.0) == 0
+    assert await client.put([], [], deadline_s=1.0) == 0
     assert mesh.stores[0].num_keys_asked == []
 
 
@@ -60,9 +60,7 @@ async def test_only_the_common_prefix_of_all_shards_is_moved(mesh: Mesh) -> None
     keys = keys_of(24)
     mesh.fill(24)
     assert (
-        await client.publish(
-            keys[:10] + keys[11:], [*range(10), *range(11, 24)], deadline_s=PATIENCE_S
-        )
+        await client.put(keys[:10] + keys[11:], [*range(10), *range(11, 24)], deadline_s=PATIENCE_S)
         == 23
     )
     mesh.network.num_moved = 0

@@ -11,7 +11,7 @@ import pytest
 
 from mesh import kvstore_shard
 from mesh.health import HealthServicer
-from mesh.kvstore_client import KvStoreClient
+from mesh.kvstore_client import Deadline, KvStoreClient
 from tests.mesh.fake_kvstore import (
     NUM_BLOCKS,
     PATIENCE_S,
@@ -163,7 +163,7 @@ async def test_reservations_of_a_late_write_are_kept_until_it_settles(mesh: Mesh
     client = await mesh.started()
     mesh.fill(4)
     mesh.network.hangs = True
-    assert await client.publish(keys_of(4), list(range(4)), deadline_s=0.3) == 0
+    assert await client.put(keys_of(4), list(range(4)), deadline_s=0.3) == 0
     assert len(mesh.stores[0].reserved) == 4
     await mesh.close()
     assert mesh.stores[0].reserved == {}
@@ -180,9 +180,10 @@ async def test_a_private_block_is_read_once(mesh: Mesh) -> None:
     client = await mesh.started()
     data = mesh.fill(1)
     assert await publish(client, keys_of(1), is_private=True) == 1
-    assert await client.pull_private(keys_of(1)[0], 9, deadline_s=PATIENCE_S, hold=mesh.hold)
-    assert mesh.block(9).tobytes() == data
-    assert not await client.pull_private(keys_of(1)[0], 9, deadline_s=PATIENCE_S, hold=mesh.hold)
+    for num_blocks in (1, 0):
+        pulled = await client.pull(keys_of(1), [9], deadline_s=PATIENCE_S, hold=mesh.hold)
+        assert pulled.num_blocks == num_blocks
+        assert mesh.block(9).tobytes() == data
 
 
 async def test_discard_drops_private_blocks(mesh: Mesh) -> None:
@@ -256,3 +257,33 @@ async def test_slots_outside_the_arena_are_never_read(mesh: Mesh) -> None:
     store.sealed[keys_of(4)[2]] = (NUM_BLOCKS, 0)
     result = await mesh.pull(client, keys_of(4))
     assert (result.num_blocks, result.failures) == (2, ("slot",))
+
+
+async def test_slots_asked_for_early_are_filled_part_by_part_and_the_rest_given_back(
+    mesh: Mesh,
+) -> None:
+    client = await mesh.started(2)
+    mesh.fill(6)
+    keys, deadline = keys_of(8), Deadline(PATIENCE_S)
+    publish = client.publish(keys)
+    await publish.reserve(deadline)
+    assert sum(len(store.reserved) for store in mesh.stores) == 8
+    assert await publish.send(0, [0, 1, 2], deadline) == 3
+    assert await publish.send(3, [3, 4, 5], deadline) == 3
+    publish.close()
+    assert (await mesh.pull(client, keys)).num_blocks == 6
+    await mesh.close()
+    assert all(not store.reserved for store in mesh.stores)
+
+
+async def test_a_slot_that_another_writer_gave_up_is_asked_for_again(mesh: Mesh) -> None:
+    client = await mesh.started()
+    mesh.fill(2)
+    deadline = Deadline(PATIENCE_S)
+    first, second = client.publish(keys_of(2)), client.publish(keys_of(2))
+    await first.reserve(deadline)
+    await second.reserve(deadline)
+    first.close()
+    mesh.stores[0].reserved.clear()
+    assert await second.send(0, [0, 1], deadline) == 2
+    second.close()

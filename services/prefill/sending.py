@@ -1,0 +1,76 @@
+"""A prompt's way into the store: slots while it is computed, blocks as they fill, the tail last.
+
+Owns the publishes of one prompt and their tasks. Never computes, never decides what is handed off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from mesh.kvstore_client import Deadline
+from mesh.kvstore_shards import each
+from services.worker import PUBLISH_DEADLINE_S, Worker
+
+
+class Sending:
+    """Sends the blocks from num_pulled on, and the private tail under tail_key if there is one.
+
+    Asks for all slots at once, when it is made: nobody waits for them at the end.
+    """
+
+    def __init__(self, worker: Worker, keys: list[bytes], num_pulled: int, tail_key: bytes) -> None:
+        self._worker = worker
+        self._num_pulled = num_pulled
+        self._blocks = worker.store.publish(keys[num_pulled:])
+        self._tail = worker.store.publish([tail_key] if tail_key else [], is_private=True)
+        self._has_tail_key = bool(tail_key)
+        self._has_tail = False
+        self._reserved = asyncio.ensure_future(self._reserve())
+        self._last: asyncio.Task[bool] | None = None
+
+    def send(self, first: int, block_ids: Sequence[int]) -> None:
+        """Sends blocks behind those before; block_ids hold the prompt's blocks from `first` on."""
+        self._last = asyncio.ensure_future(self._send(self._last, first, list(block_ids)))
+
+    async def finish(self, tail_block: int | None, tail_len: int) -> bool:
+        """Waits for what was sent and sends the tail, tail_len tokens; whether it is sealed."""
+        tail = [] if tail_block is None else [self._send_tail(tail_block, tail_len)]
+        await each([self._sent(), *tail])
+        return self._has_tail
+
+    def close(self) -> None:
+        """Drops what is under way and gives unused slots back."""
+        self._reserved.cancel()
+        if self._last is not None:
+            self._last.cancel()
+        self._blocks.close()
+        self._tail.close()
+
+    async def _reserve(self) -> None:
+        deadline = Deadline(PUBLISH_DEADLINE_S)
+        await each([self._blocks.reserve(deadline), self._tail.reserve(deadline)])
+
+    async def _send(
+        self, before: asyncio.Task[bool] | None, first: int, block_ids: list[int]
+    ) -> bool:
+        """Whether all up to here are sealed: nothing goes out behind a gap."""
+        if before is not None and not await before:
+            return False
+        await asyncio.shield(self._reserved)
+        num_sealed = await self._blocks.send(
+            first - self._num_pulled, block_ids, Deadline(PUBLISH_DEADLINE_S)
+        )
+        return num_sealed == len(block_ids)
+
+    async def _sent(self) -> None:
+        if self._last is not None:
+            await self._last
+
+    async def _send_tail(self, block: int, num_tokens: int) -> None:
+        if not self._has_tail_key:
+            return
+        cache = self._worker.runner.cache
+        await self._worker.on_settled(cache.zero_block_tail, block, num_tokens)
+        await asyncio.shield(self._reserved)
+        self._has_tail = await self._tail.send(0, [block], Deadline(PUBLISH_DEADLINE_S)) == 1
