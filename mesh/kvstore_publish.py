@@ -68,6 +68,7 @@ class Publish:
         self._ttl_s = Deadline(reserve_s).ttl_s
         self._slots: dict[int, _Slot] = {}
         self._sealed: set[int] = set()
+        self._is_closed = False
 
     async def reserve(self, deadline: Deadline) -> None:
         """Asks the stores for slots; those that have trouble give none."""
@@ -102,7 +103,8 @@ class Publish:
                     self._shards.background.spawn(self._give_back(part))
 
     def close(self) -> None:
-        """Gives back what was not sent."""
+        """Gives back what was not sent, also what a `reserve` under way still gets."""
+        self._is_closed = True
         slots, self._slots = self._slots, {}
         if slots:
             self._shards.background.spawn(self._give_back_slots(list(slots.values())))
@@ -124,8 +126,11 @@ class Publish:
                 )
             except TROUBLE:
                 return
-            self._slots |= grant.slots
             self._sealed |= grant.sealed
+            if self._is_closed:  # meanwhile
+                self._shards.background.spawn(self._give_back_slots(list(grant.slots.values())))
+            else:
+                self._slots |= grant.slots
 
     async def _grant(self, shard: Shard, indices: list[int], deadline: Deadline) -> _Grant:
         request = kvstore_pb2.ReserveRequest(

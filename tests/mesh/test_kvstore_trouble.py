@@ -287,3 +287,14 @@ async def test_a_slot_that_another_writer_gave_up_is_asked_for_again(mesh: Mesh)
     mesh.stores[0].reserved.clear()
     assert await second.send(0, [0, 1], deadline) == 2
     second.close()
+
+
+async def test_slots_that_come_after_the_end_are_given_back(mesh: Mesh) -> None:
+    client = await mesh.started()
+    publish = client.publish(keys_of(3))
+    reserving = asyncio.ensure_future(publish.reserve(Deadline(PATIENCE_S)))
+    await asyncio.sleep(0)
+    publish.close()
+    await reserving
+    await mesh.close()
+    assert not mesh.stores[0].reserved
