@@ -147,12 +147,8 @@ class KvStoreClient:
         deadline = Deadline(deadline_s)
         publish = self.publish(keys, is_private=is_private, reserve_s=deadline_s)
         try:
-            with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
-                await publish.reserve(deadline)
-                num_sealed = await publish.send(0, block_ids, deadline)
-                span.set_attribute("kvmesh.keys", len(keys))
-                span.set_attribute("kvmesh.blocks", num_sealed)
-            return num_sealed
+            await publish.reserve(deadline)
+            return await publish.send(0, block_ids, deadline)
         finally:
             publish.close()
 

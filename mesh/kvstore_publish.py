@@ -76,6 +76,13 @@ class Publish:
 
     async def send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
         """Sends local blocks block_ids under the keys from `first` on; how many are sealed now."""
+        with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
+            num_sealed = await self._send(first, block_ids, deadline)
+            span.set_attribute("kvmesh.keys", len(block_ids))
+            span.set_attribute("kvmesh.blocks", num_sealed)
+        return num_sealed
+
+    async def _send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
         indices = range(first, first + len(block_ids))
         # Of what had another writer, or a store in trouble, then.
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
