@@ -1,7 +1,7 @@
 """Matrix product with weights, row by row the same whatever rows stand beside it.
 
-Owns the choice of the path: on CUDA the decode kernel for few rows, the prefill kernel for many;
-elsewhere the torch twin. A row's bits depend on the row and the weight alone, on either path.
+Owns the choice of the path: on CUDA the kernel that the number of rows' tiles are for; elsewhere
+the torch twin. A row's bits depend on the row and the weight alone, on either path.
 
 torch twin. Measured (torch 2.13 CPU, MKL and oneDNN, AVX-512): fp32 rows change their bits with the
 number of rows (1 to 3 rows differ from all others, with two threads 5, 6, 7, 9, 10 and 11 do, too),
@@ -19,7 +19,7 @@ import torch
 from kernels.fp8_quant import FP8, Fp8Rows
 from kernels.matmul_decode import launch_decode
 from kernels.matmul_prefill import launch_prefill
-from kernels.matmul_tiles import DECODE_ROWS, make_plan
+from kernels.matmul_tiles import DECODE_ROWS, Tiles, make_plan
 from kernels.product import Product
 from kernels.tiles import TileTables
 from kernels.weight import Weight
@@ -115,9 +115,25 @@ def linear(
         return _twin(x, weight, dtype)
     num_rows = rows.shape[0]
     chosen = weight.plan.at(num_rows)
-    if num_rows <= DECODE_ROWS and (partial or chosen.num_splits == 1):
-        return launch_decode(rows, row_scales, weight, chosen, dtype, pdl=pdl)
-    return launch_prefill(rows, row_scales, weight, weight.plan.finished(num_rows), dtype, pdl=pdl)
+    if chosen.num_splits > 1 and not (partial and num_rows <= DECODE_ROWS):
+        chosen = weight.plan.finished(num_rows)
+    return launch(rows, row_scales, weight, chosen, dtype, pdl=pdl)
+
+
+def launch(
+    rows: torch.Tensor,
+    row_scales: torch.Tensor | None,
+    weight: Weight,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    *,
+    pdl: bool,
+) -> torch.Tensor | Product:
+    """The kernel that tiles are for, on a GPU; rows [num_rows, K], row_scales [num_rows,
+    num_groups] as the weight's format asks.
+    """
+    kernel = launch_prefill if tiles.persistent else launch_decode
+    return kernel(rows, row_scales, weight, tiles, dtype, pdl=pdl)
 
 
 def exact_tiles(weight: torch.Tensor) -> tuple[int, ...]:

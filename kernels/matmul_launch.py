@@ -13,6 +13,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.matmul_tiles import Tiles
 from kernels.weight import Weight
 
+_COPY_BYTES = 16
+"""What the copy engine's rows must be multiples of."""
+
 
 def descriptors(
     weight: Weight, rows: torch.Tensor, tiles: Tiles
@@ -21,6 +24,33 @@ def descriptors(
     return (
         TensorDescriptor.from_tensor(weight.values, [tiles.block_n, tiles.block_k]),
         TensorDescriptor.from_tensor(rows, [tiles.block_m, tiles.block_k]),
+    )
+
+
+def num_pieces(out: torch.Tensor, tiles: Tiles) -> int:
+    """Of a finished block on its way out: the tiles', where the copy engine can store to out."""
+    able = out.element_size() == 2 and out.stride(0) * out.element_size() % _COPY_BYTES == 0
+    return tiles.num_pieces if able else 0
+
+
+def out_descriptor(
+    out: torch.Tensor, tiles: Tiles, num_columns: int
+) -> TensorDescriptor | torch.Tensor:
+    """Of num_columns of a piece; out itself where nothing takes the copy engine."""
+    pieces = num_pieces(out, tiles)
+    if pieces == 0:
+        return out
+    return TensorDescriptor.from_tensor(out, [tiles.block_m // pieces, num_columns])
+
+
+def extra_descriptors(
+    weight: Weight, out: torch.Tensor, tiles: Tiles
+) -> tuple[TensorDescriptor, TensorDescriptor | torch.Tensor]:
+    """Of the weight and the result, for the second accumulator; for the first's shape without."""
+    num_extra = tiles.extra_n or tiles.block_n
+    return (
+        TensorDescriptor.from_tensor(weight.values, [num_extra, tiles.block_k]),
+        out_descriptor(out, tiles, num_extra),
     )
 
 
@@ -35,7 +65,7 @@ def factors(
     )
 
 
-def constants(weight: Weight, tiles: Tiles, *, pdl: bool) -> dict[str, Any]:
+def constants(weight: Weight, tiles: Tiles, out: torch.Tensor, *, pdl: bool) -> dict[str, Any]:
     """Constants of the kernel and options of the launch."""
     return {
         "NUM_SPLITS": tiles.num_splits,
@@ -44,6 +74,7 @@ def constants(weight: Weight, tiles: Tiles, *, pdl: bool) -> dict[str, Any]:
         "BLOCK_M": tiles.block_m,
         "BLOCK_K": tiles.block_k,
         "NUM_STAGES": tiles.num_stages,
+        "NUM_PIECES": num_pieces(out, tiles),
         "PER_CHANNEL": weight.scales is not None and not weight.block_scaled,
         "BLOCK_SCALED": weight.block_scaled,
         "HAS_BIAS": weight.bias is not None,

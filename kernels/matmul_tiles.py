@@ -3,14 +3,14 @@
 Owns which sizes are possible for a weight, which are worth a tuner's time, and what is used where
 no table says. The order of summation (num_splits) belongs to the weight's shape and dtype; all
 other sizes may follow the number of rows: the tensor core adds k in steps of its instruction (32
-bytes) in order, whatever block_k. Never launches anything.
+bytes) in order, whatever block_k, and splits end where `SPLIT_STEP` says. Never launches anything.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
@@ -20,28 +20,40 @@ from kernels.tiles import TileTables, linear_key
 ORDER = ("num_splits",)
 """Values that fix the order of summation: the same for every number of rows of one weight."""
 
+SPLIT_STEP = 256
+"""K of a split is a multiple of it, and every block_k a divisor: block_k may follow the number of
+rows, where a split ends may not.
+"""
+
 DECODE_ROWS = 256
 """Up to so many rows a product is bound by the weight's bytes, and may stay unreduced."""
 
 ROW_COUNTS = (16, 32, 64, 128, 256, 512, 1024, 4096)
 """Upper ends of the row ranges that have their own tiles; the last one's serve all above."""
 
-# An H100 or H200; what matters is only how full a launch makes the chip.
+SHARED_BYTES = 227 * 1024
+"""Of a program on an H100 or H200; a multiprocessor has 1 KiB more, which a program costs."""
+PREFETCH = 2
+PREFETCH_BYTES = 512
+"""Of a piece of a weight row that is asked for early."""
+
+# What matters is only how full a launch makes the chip.
 _NUM_MULTIPROCESSORS = 132
-_SHARED_BYTES = 228 * 1024
-"""Of a multiprocessor."""
-_EXTRA_BYTES = 1024 + 512
-"""What the driver and the compiler take for each program."""
 _FEW_BLOCKS = 48
-_PREFETCH = 2
-_HEAD_COLS = 65536
-"""A vocabulary: so many blocks that 256 rows at once save a second reading of the weight."""
+_OPTIONAL = {"prefetch", "extra_n", "num_pieces", "late", "persistent"}
+"""Tiles that a table need not name: 0 is off."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """One kernel configuration. block_n: weight rows, block_m: tokens, block_k: values of K;
-    prefetch: pieces of 512 bytes of each weight row that are asked for before the wait (decode).
+    """One kernel configuration. block_n: weight rows, block_m: tokens, block_k: values of K.
+
+    persistent: 1 for kernels.matmul_prefill, whose programs go from block to block; 0 for
+    kernels.matmul_decode, which alone knows what follows. prefetch: pieces of PREFETCH_BYTES of
+    each weight row that are asked for before the wait. extra_n: weight rows of a block in a second
+    accumulator. late: 1 lets the next kernel come with the sums' end, not their beginning.
+    num_pieces (both): of a finished block, on their way through shared memory to the copy engine;
+    0: none take it.
     """
 
     block_n: int
@@ -51,6 +63,10 @@ class Tiles:
     num_warps: int
     num_stages: int
     prefetch: int = 0
+    extra_n: int = 0
+    num_pieces: int = 0
+    late: int = 0
+    persistent: int = 0
 
     @classmethod
     def of(cls, values: Mapping[str, int]) -> Tiles:
@@ -58,13 +74,22 @@ class Tiles:
         names = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - names):
             raise ValueError(f"tiles of a matrix product have no {unknown}")
-        if missing := sorted(names - {"prefetch"} - set(values)):
+        if missing := sorted(names - _OPTIONAL - set(values)):
             raise ValueError(f"tiles of a matrix product need {missing}")
         return cls(**values)
 
+    def __post_init__(self) -> None:
+        """ValueError where splits would end at another k than with other sizes, or one kernel were
+        asked for what only the other does.
+        """
+        if self.block_k < 1 or SPLIT_STEP % self.block_k:
+            raise ValueError(f"block_k {self.block_k} of a matrix product: no part of {SPLIT_STEP}")
+        if self.extra_n and (self.num_splits > 1 or self.persistent):
+            raise ValueError(f"extra_n {self.extra_n}: for one split and no persistent programs")
+
     def split_width(self, width: int) -> int:
-        """K per split, a multiple of block_k; the last split may reach past width."""
-        return -(-width // (self.num_splits * self.block_k)) * self.block_k
+        """K per split, the same for every block_k; the last splits may reach past width."""
+        return -(-width // (self.num_splits * SPLIT_STEP)) * SPLIT_STEP
 
     def values(self) -> dict[str, int]:
         """For a table."""
@@ -90,8 +115,9 @@ class MatmulPlan:
         return self.tiles[min(index, len(self.tiles) - 1)]
 
     def finished(self, num_rows: int) -> Tiles:
-        """The same, but always tiles of the kernel that adds the splits itself."""
-        return self.at(max(num_rows, DECODE_ROWS + 1))
+        """The same for a kernel that adds the splits itself, which is the persistent one."""
+        tiles = self.at(max(num_rows, DECODE_ROWS + 1))
+        return tiles if tiles.num_splits == 1 else replace(tiles, persistent=1)
 
 
 def make_plan(
@@ -129,6 +155,56 @@ def default_splits(num_cols: int, width: int) -> int:
     return splits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A block's shape that has proved itself, at 128 bytes of K; see Tiles."""
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    extra_n: int = 0
+    num_pieces: int = 1
+    prefetch: int = 0
+    late: int = 0
+    persistent: int = 0
+
+    def tiles(self, width: int, dtype: torch.dtype, splits: int) -> Tiles:
+        """Of a weight of width columns."""
+        block_k = 128 // dtype.itemsize
+        values = asdict(self) | {"num_stages": min(self.num_stages, -(-width // block_k) + 1)}
+        if width * dtype.itemsize // splits < self.prefetch * PREFETCH_BYTES:
+            values["prefetch"] = 0
+        return Tiles(block_k=block_k, num_splits=splits, **values)
+
+    def cost(self, num_cols: int, num_rows: int) -> int:
+        """Values of the result that a multiprocessor computes, one block after the other."""
+        block_n = self.block_n + self.extra_n
+        num_blocks = -(-num_cols // block_n) * -(-num_rows // self.block_m)
+        return -(-num_blocks // _NUM_MULTIPROCESSORS) * block_n * self.block_m
+
+
+# Of equal cost the first is the fastest.
+_UP_TO_256_ROWS = (
+    Block(block_n=128, extra_n=64, block_m=256, num_warps=8, num_stages=4, prefetch=PREFETCH),
+    Block(block_n=128, block_m=256, num_warps=8, num_stages=4, prefetch=PREFETCH),
+    Block(block_n=128, block_m=128, num_warps=4, num_stages=6, prefetch=1, late=1),
+    Block(block_n=64, block_m=128, num_warps=4, num_stages=8, prefetch=PREFETCH),
+)
+_FLAT = (
+    Block(block_n=128, block_m=256, num_warps=8, num_stages=4, num_pieces=4, persistent=1),
+    Block(block_n=128, block_m=128, num_warps=8, num_stages=6, num_pieces=2, persistent=1),
+)
+# Above, every shape fills a chip, and blocks of persistent programs overlap.
+_UP_TO_1024_ROWS = (
+    _FLAT[0],
+    Block(block_n=128, extra_n=64, block_m=256, num_warps=8, num_stages=4),
+    Block(block_n=128, extra_n=64, block_m=128, num_warps=8, num_stages=5),
+    _FLAT[1],
+)
+_SPLIT = Block(block_n=128, block_m=128, num_warps=8, num_stages=5, num_pieces=2, persistent=1)
+
+
 def default_tiles(
     num_cols: int, width: int, dtype: torch.dtype, num_rows: int, *, block_scaled: bool = False
 ) -> Tiles:
@@ -136,50 +212,37 @@ def default_tiles(
     splits = default_splits(num_cols, width)
     if block_scaled:
         return _block_scaled_tiles(splits, num_rows)
-    if num_rows > DECODE_ROWS:
-        return _prefill_tiles(num_cols, dtype, splits, num_rows)
-    return _decode_tiles(num_cols, width, dtype, splits, num_rows)
+    if num_rows <= DECODE_ROWS // 2 or (num_rows <= DECODE_ROWS and splits > 1):
+        return _decode_tiles(num_cols, width, dtype, splits, num_rows)
+    if splits > 1:
+        return _SPLIT.tiles(width, dtype, splits)
+    if num_rows > 1024:
+        return _FLAT[0].tiles(width, dtype, splits)
+    blocks = _UP_TO_256_ROWS if num_rows <= DECODE_ROWS else _UP_TO_1024_ROWS
+    best = min(blocks, key=lambda block: block.cost(num_cols, num_rows))
+    return best.tiles(width, dtype, splits)
 
 
 def _decode_tiles(
     num_cols: int, width: int, dtype: torch.dtype, splits: int, num_rows: int
 ) -> Tiles:
     """As many bytes in flight as a multiprocessor's shared memory holds, over all its programs."""
-    block_k = (256 if num_rows <= 16 else 128) // dtype.itemsize
+    block_k = (256 if num_rows <= 64 else 128) // dtype.itemsize
     block_m = max(16, min(128, num_rows))
-    wide = num_rows > 128 and num_cols >= 6144
-    if wide and num_cols >= _HEAD_COLS:
-        block_m = 256
-    block_n = 128 if wide else 64
-    num_blocks = -(-num_cols // block_n) * -(-num_rows // block_m) * splits
-    together = 1 if wide else min(3, -(-num_blocks // _NUM_MULTIPROCESSORS))
-    stage_bytes = (block_n + block_m) * block_k * dtype.itemsize
+    num_blocks = -(-num_cols // 64) * -(-num_rows // block_m) * splits
+    together = min(3, -(-num_blocks // _NUM_MULTIPROCESSORS))
+    stage_bytes = (64 + block_m) * block_k * dtype.itemsize
     steps = -(-width // (splits * block_k))
-    deepest = 4 if block_m == 256 else 6 if wide or block_k * dtype.itemsize == 256 else 9
-    num_stages = min(deepest, steps, (_SHARED_BYTES // together - _EXTRA_BYTES) // stage_bytes)
-    split_bytes = width * dtype.itemsize // splits
+    deepest = 6 if block_k * dtype.itemsize == 256 else 9
+    num_stages = min(deepest, steps, SHARED_BYTES // together // stage_bytes)
     return Tiles(
-        block_n=block_n,
+        block_n=64,
         block_m=block_m,
         block_k=block_k,
         num_splits=splits,
-        num_warps=8 if wide else 4,
+        num_warps=4,
         num_stages=max(2, num_stages),
-        prefetch=_PREFETCH if split_bytes % 1024 == 0 and not wide else 0,
-    )
-
-
-def _prefill_tiles(num_cols: int, dtype: torch.dtype, splits: int, num_rows: int) -> Tiles:
-    """256 columns where there are blocks enough, and no sum of splits that needs the registers."""
-    num_blocks = -(-num_cols // 256) * -(-num_rows // 128)
-    wide = splits == 1 and num_blocks >= _NUM_MULTIPROCESSORS
-    return Tiles(
-        block_n=256 if wide else 128,
-        block_m=128,
-        block_k=128 // dtype.itemsize,
-        num_splits=splits,
-        num_warps=8,
-        num_stages=3 if wide else 5,
+        prefetch=PREFETCH if width * dtype.itemsize // splits % 1024 == 0 else 0,
     )
 
 
@@ -192,66 +255,5 @@ def _block_scaled_tiles(splits: int, num_rows: int) -> Tiles:
         num_splits=splits,
         num_warps=8 if many else 4,
         num_stages=4,
+        persistent=1 if num_rows > DECODE_ROWS else 0,
     )
-
-
-def candidates(num_cols: int, width: int, dtype: torch.dtype, num_rows: int) -> Sequence[Tiles]:
-    """Configurations worth timing for num_rows rows (not of block-scaled weights), the default
-    first.
-    """
-    first = default_tiles(num_cols, width, dtype, num_rows)
-    found = {first: None}
-    few = num_rows <= DECODE_ROWS
-    for splits in _splits(num_cols, width):
-        pieces = few and width * dtype.itemsize // splits % 1024 == 0
-        for block_n, block_m, row_bytes, num_warps, depths in _shapes(num_rows):
-            block_k = row_bytes // dtype.itemsize
-            steps = -(-width // (splits * block_k))
-            stage_bytes = (block_n + block_m) * row_bytes
-            for num_stages in depths:
-                if (
-                    num_stages > steps + 1
-                    or num_stages * stage_bytes > _SHARED_BYTES - _EXTRA_BYTES
-                ):
-                    continue
-                for prefetch in (0, _PREFETCH) if pieces else (0,):
-                    tiles = Tiles(
-                        block_n=block_n,
-                        block_m=block_m,
-                        block_k=block_k,
-                        num_splits=splits,
-                        num_warps=num_warps,
-                        num_stages=num_stages,
-                        prefetch=prefetch,
-                    )
-                    found[tiles] = None
-    return tuple(found)
-
-
-# block_n, block_m, bytes of block_k, num_warps, num_stages
-_Shape = tuple[int, int, int, int, tuple[int, ...]]
-_PREFILL_SHAPES: tuple[_Shape, ...] = (
-    (256, 128, 128, 8, (3,)),
-    (128, 256, 128, 8, (4,)),
-    (128, 128, 128, 8, (4, 5)),
-)
-
-
-def _shapes(num_rows: int) -> Sequence[_Shape]:
-    if num_rows > DECODE_ROWS:
-        return _PREFILL_SHAPES
-    block_m = max(16, min(128, num_rows))
-    shapes: list[_Shape] = [(64, block_m, 128, 4, (3, 4, 6, 8, 9))]
-    if num_rows <= 64:
-        shapes.append((64, block_m, 256, 4, (2, 3, 4, 5, 6)))
-    else:
-        shapes.append((128, block_m, 128, 8, (3, 4, 6)))
-    if num_rows > 128:
-        shapes += [(64, 256, 128, 4, (3, 5)), (128, 256, 128, 8, (4,))]
-    return shapes
-
-
-def _splits(num_cols: int, width: int) -> Sequence[int]:
-    least = default_splits(num_cols, width)
-    more = [2 * least] if num_cols <= 8192 and width // (2 * least) >= 512 else []
-    return [least, *more]

@@ -28,6 +28,9 @@ Order = tuple[int, ...]
 Timer = Callable[[Sequence[Callable[[], object]]], float]
 """Seconds of one of the calls: kernels.timing.time_graph."""
 
+Begin = Callable[[int, Values], bool]
+"""Hears of every attempt (number of rows, tiles) before it is made; False forbids it."""
+
 
 class Tunable(Protocol):
     """One operation at one shape, on random data of its own.
@@ -79,6 +82,7 @@ class Search:
     tunable: Tunable
     timer: Timer
     report: Callable[[str], None]
+    begin: Begin = lambda _num_rows, _tiles: True
     num_refused: int = 0
     # By order of summation: the first accepted result, which has the most rows.
     _canonical: dict[Order, torch.Tensor] = field(default_factory=dict)
@@ -120,13 +124,13 @@ class Search:
         for tiles in tunable.candidates(num_rows):
             if not self._accepts(num_rows, tiles, sets[0], reference):
                 continue
-            seconds = self._seconds(tiles, sets)
+            seconds = self._seconds(num_rows, tiles, sets)
             self._say(num_rows, tiles, f"{seconds * 1e6:.2f} us")
             timed.setdefault(self._order(tiles), []).append((seconds, tiles))
-        return {order: self._final(found, sets) for order, found in timed.items()}
+        return {order: self._final(num_rows, found, sets) for order, found in timed.items()}
 
     def _final(
-        self, timed: list[tuple[float, Values]], sets: Sequence[Any]
+        self, num_rows: int, timed: list[tuple[float, Values]], sets: Sequence[Any]
     ) -> tuple[float, Values]:
         """The winner after the close ones were timed again, there and back.
 
@@ -136,17 +140,22 @@ class Search:
         close = [t for seconds, t in timed[:_NUM_FINALISTS] if seconds <= _CLOSE * timed[0][0]]
         if len(close) == 1:
             return timed[0]
-        there = [self._seconds(tiles, sets) for tiles in close]
-        back = [self._seconds(tiles, sets) for tiles in reversed(close)][::-1]
+        there = [self._seconds(num_rows, tiles, sets) for tiles in close]
+        back = [self._seconds(num_rows, tiles, sets) for tiles in reversed(close)][::-1]
         means = [statistics.fmean(pair) for pair in zip(there, back, strict=True)]
         return min(zip(means, close, strict=True), key=lambda one: one[0])
 
-    def _seconds(self, tiles: Values, sets: Sequence[Any]) -> float:
+    def _seconds(self, num_rows: int, tiles: Values, sets: Sequence[Any]) -> float:
+        self.begin(num_rows, tiles)
         return self.timer([lambda one=one: self.tunable.timed(tiles, one) for one in sets])
 
     def _accepts(self, num_rows: int, tiles: Values, inputs: Any, reference: torch.Tensor) -> bool:
         """Whether it runs, is right, fills every value, and has the bits of its order."""
         tunable = self.tunable
+        if not self.begin(num_rows, tiles):
+            self.num_refused += 1
+            self._say(num_rows, tiles, "refused: it never came back")
+            return False
         try:
             for tensor in tunable.written(tunable.run(tiles, inputs)):
                 tensor.fill_(math.nan)  # the allocator gives the same memory to the next run

@@ -1,7 +1,7 @@
 """Matrix products as the tuner sees them: with a bf16 weight, or an FP8 one scaled per channel.
 
 Owns the random weights and activations they are tried on. Never times and never chooses; which
-tiles are worth a try is for kernels/matmul_tiles.py to say.
+tiles are worth a try is for kernels/matmul_candidates.py to say.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from kernels.fp8_quant import FP8, Fp8Rows, quantise
-from kernels.matmul_decode import launch_decode
-from kernels.matmul_prefill import launch_prefill
-from kernels.matmul_tiles import DECODE_ROWS, ORDER, Tiles, candidates
+from kernels.linear import launch
+from kernels.matmul_candidates import candidates
+from kernels.matmul_tiles import DECODE_ROWS, ORDER, Tiles
 from kernels.product import Product
 from kernels.rmsnorm import add_rmsnorm
 from kernels.silu_mul import silu_mul
@@ -75,7 +75,6 @@ class Matmul:
         """As Tunable."""
         x, weight = inputs
         rows, scales = (x.values, x.scales) if isinstance(x, Fp8Rows) else (x, None)
-        launch = launch_decode if rows.shape[0] <= DECODE_ROWS else launch_prefill
         return launch(rows, scales, weight, Tiles.of(tiles), _DTYPE, pdl=True)
 
     def timed(self, tiles: Values, inputs: Any) -> None:

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 
 from kernels.matmul_tiles import DECODE_ROWS, ROW_COUNTS
-from kernels.tile_format import Table, read_table, write_table
+from kernels.tile_format import Entry, Table, Values, read_table, write_table
 from kernels.tile_search import Search
 from kernels.tiles import FOLDER, Dims, minor, required_keys, table_name
 from kernels.timing import time_graph
 from kernels.tunable import OPS, make_tunable
+from kernels.tune_guard import Guard, Watch
 
 _DECODE_ROWS = (1, 16, 32, 64, 128, 256)
 _PREFILL_ROWS = (512, 2048, 8192)
@@ -61,16 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     print(f"{len(keys)} shapes on {table.gpu}, Triton {triton.__version__}, to {path}", flush=True)
     started_at = time.monotonic()
+    lost: set[Hashable] = set()
     if options.jobs > 1 or options.check_only:
-        _check_in_parallel(keys, options.rows, options.jobs)
+        lost |= _check_in_parallel(keys, options.rows, options.jobs)
     if options.check_only:
         return
-    for key in keys:
+    tasks = [Task(name=key, rows=options.rows, verbose=options.verbose) for key in keys]
+    for name, entry in Guard(work=_search, lost=lost).results(tasks):
+        if entry is not None:
+            entries = {**table.entries, name: entry}
+            table = Table(gpu=table.gpu, triton=table.triton, entries=entries)
+            write_table(path, table)
         if options.seconds and time.monotonic() - started_at > options.seconds:
-            print(f"{options.seconds} s are over before {key}", flush=True)
+            print(f"{options.seconds} s are over after {name}", flush=True)
             break
-        table = _tune(table, key, options.rows, verbose=options.verbose)
-        write_table(path, table)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One "<op>/<key>", at the row counts asked for; of a check, every num_parts-th
+    configuration from `part` on.
+    """
+
+    name: str
+    rows: Sequence[int]
+    verbose: bool = False
+    part: int = 0
+    num_parts: int = 1
 
 
 def wanted_keys(model: str | None, shapes: Sequence[str], ops: Sequence[str]) -> list[str]:
@@ -115,25 +134,34 @@ def read_dims(model: str) -> Dims:
     return Dims(head_dim=head_dim, **dims)
 
 
-def _tune(table: Table, name: str, rows: Sequence[int], *, verbose: bool) -> Table:
-    """The table with the best found for "<op>/<key>"."""
-    op, _, key = name.partition("/")
-    counts = _row_counts(op, key, rows)
+def _search(task: Task, watch: Watch) -> tuple[str, Entry | None]:
+    """The task's name, and the best found for it."""
+    op, _, key = task.name.partition("/")
+    counts = _row_counts(op, key, task.rows)
     if not counts:
-        return table
+        return task.name, None
+    report = partial(print, flush=True) if task.verbose else _no_report
+    begin = partial(_begin, watch, task.name)
     tunable = make_tunable(op, key, max(counts))
-    report = print if verbose else _no_report
-    search = Search(tunable=tunable, timer=_time, report=report)
+    search = Search(tunable=tunable, timer=_time, report=report, begin=begin)
     started_at = time.monotonic()
-    entry = search.run(counts, {"gpu": table.gpu, "date": time.strftime("%Y-%m-%d")})
+    entry = search.run(
+        counts, {"gpu": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d")}
+    )
     spent = f"{time.monotonic() - started_at:.1f} s, {search.num_refused} refused"
     if entry is None:
-        print(f"{name}: nothing acceptable ({spent})", flush=True)
-        return table
-    print(f"{name}: {dict(entry.order)} us {entry.about['us']} ({spent})", flush=True)
+        print(f"{task.name}: nothing acceptable ({spent})", flush=True)
+        return task.name, None
+    print(f"{task.name}: {dict(entry.order)} us {entry.about['us']} ({spent})", flush=True)
     for limit, values in entry.rows:
         print(f"  rows {limit}: {dict(values)}", flush=True)
-    return Table(gpu=table.gpu, triton=table.triton, entries={**table.entries, name: entry})
+    return task.name, entry
+
+
+def _begin(watch: Watch, name: str, num_rows: int, tiles: Values) -> bool:
+    # A broken GPU context is the attempt's before, and ends the process as such.
+    torch.cuda.synchronize()
+    return watch.begins((name, num_rows, tuple(sorted(tiles.items()))))
 
 
 def _time(calls: Sequence[Callable[[], object]]) -> float:
@@ -158,26 +186,34 @@ def _row_counts(op: str, key: str, rows: Sequence[int]) -> list[int]:
     return sorted(counts)
 
 
-def _check_in_parallel(keys: Sequence[str], rows: Sequence[int], num_jobs: int) -> None:
-    """Compiles and checks everything in num_jobs processes, so that the search only times."""
+def _check_in_parallel(keys: Sequence[str], rows: Sequence[int], num_jobs: int) -> set[Hashable]:
+    """Compiles and checks everything in num_jobs processes, so that the search only times; returns
+    what never came back.
+    """
     started_at = time.monotonic()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_jobs, mp_context=spawn) as pool:
-        tasks = [(key, rows, part, num_jobs) for key in keys for part in range(num_jobs)]
-        lines = [line for found in pool.map(_check_part, tasks) for line in found]
+    guards = [Guard(work=_check_part) for _ in range(num_jobs)]
+    tasks = [
+        [Task(name=key, rows=rows, part=part, num_parts=num_jobs) for key in keys]
+        for part in range(num_jobs)
+    ]
+    with ThreadPoolExecutor(num_jobs) as pool:
+        found = pool.map(lambda guard, part: list(guard.results(part)), guards, tasks)
+        lines = [line for part in found for lines in part for line in lines]
     print("\n".join(sorted(lines)), flush=True)
     print(f"checked in {time.monotonic() - started_at:.1f} s, {len(lines)} refused", flush=True)
+    return set().union(*(guard.lost for guard in guards))
 
 
-def _check_part(task: tuple[str, Sequence[int], int, int]) -> list[str]:
+def _check_part(task: Task, watch: Watch) -> list[str]:
     """What was refused, in words."""
-    name, rows, part, num_parts = task
-    op, _, key = name.partition("/")
-    counts = _row_counts(op, key, rows)
+    op, _, key = task.name.partition("/")
+    counts = _row_counts(op, key, task.rows)
     lines: list[str] = []
     if counts:
         tunable = make_tunable(op, key, max(counts))
-        Search(tunable=tunable, timer=_time, report=lines.append).check(counts, part, num_parts)
+        begin = partial(_begin, watch, task.name)
+        search = Search(tunable=tunable, timer=_time, report=lines.append, begin=begin)
+        search.check(counts, task.part, task.num_parts)
     return lines
 
 

@@ -1,27 +1,28 @@
 """Times matrix products at Qwen3-8B's shapes beside torch's own, LightLLM's and the floor.
 
-    python -m benchmarks.gpu gemm
-    python -m benchmarks.gpu.gemm [--check-only] [--rows 16,64] [--formats channel,plain]
+    python -m benchmarks.gpu.gemm [--rows 16,64] [--formats channel,plain] [--shapes qkv,head]
+                                  [--check-only] [--write] [--jobs 8]
 
 Formats: FP8 weights with a scale per output channel (torch: `_scaled_mm`, row-wise, fast
-accumulation; LightLLM: `scaled_mm_per_token`, if .peers/lightllm_scaled_mm.py is there, its tile
-sizes tried around), block-scaled FP8 weights, bf16 weights (torch: cuBLAS). Every product is
-checked in higher precision before it is timed; `error` is relative to that, so that the fast
-accumulation of FP8 shows beside the other modes. Launched early (PDL), as a step launches them;
-a decode product's partial sums are left to the next kernel, as a step leaves them.
+accumulation; LightLLM: `scaled_mm_per_token`, see benchmarks/gpu/gemm_peers.py), block-scaled FP8
+weights, bf16 weights (torch: cuBLAS). Every product is checked in higher precision before it is
+timed; `error` is relative to that, so that the fast accumulation of FP8 shows beside the other
+modes. Launched early (PDL), as a step launches them; a decode product's partial sums are left to
+the next kernel, as a step leaves them. --jobs processes compile and check everything before.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import torch
+import triton
 
+from benchmarks.gpu.gemm_peers import lightllm_calls
 from benchmarks.gpu.timing import (
     Result,
     copy_bandwidth,
@@ -45,27 +46,26 @@ SHAPES = {
     "head": (151936, 4096),
 }
 FORMATS = ("channel", "plain", "block")
-ROWS = (1, 16, 64, 128, 256, 2048, 8192)
+ROWS = (1, 16, 64, 128, 256, 512, 2048, 8192)
 LIMIT = 5e-3
-_PEER = Path(__file__).parents[2] / ".peers" / "lightllm_scaled_mm.py"
-_MAX_REFERENCE_ROWS = 256
+_JOBS = 8
+# The head is bf16 in every model's step, and only ever sees a step's last tokens.
+_HEAD_FORM, _HEAD_ROWS = "plain", 256
+# Rows of a result that are compared.
+_CHECKED_ROWS = 256
+# Two or three times per product: short replays are enough, their median is taken.
+_REPLAY_S = 1.5e-3
 
 Rows = torch.Tensor | Fp8Rows
 Call = Callable[[], object]
+Row = dict[str, object]
 
 
 def run(bandwidth: float) -> Result:
     """Checks and times everything; ValueError if a product is wrong."""
-    rows: list[dict[str, object]] = []
-    for form in FORMATS:
-        for name in SHAPES:
-            rows += _shape(form, name, ROWS, bandwidth)
-    return Result(
-        name="gemm",
-        what="matrix products, L2-cold, CUDA graphs, medians; us a call",
-        rows=rows,
-        copy_bytes_per_s=bandwidth,
-    )
+    cases = [(form, name, ROWS) for form in FORMATS for name in SHAPES]
+    _check_in_parallel(cases, _JOBS)
+    return _result([row for case in cases for row in _shape(*case, bandwidth)], bandwidth)
 
 
 def main() -> None:
@@ -74,42 +74,74 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--jobs", type=int, default=_JOBS)
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    bandwidth = 0.0 if options.check_only else copy_bandwidth()
-    for form in options.formats.split(","):
-        for name in options.shapes.split(","):
-            rows = list(_shape(form, name, [int(n) for n in options.rows.split(",")], bandwidth))
-            if rows:
-                print_table(f"{form} {name} (copy {bandwidth / 1e9:.0f} GB/s)", rows)
+    row_counts = tuple(int(n) for n in options.rows.split(","))
+    forms, names = options.formats.split(","), options.shapes.split(",")
+    cases = [(form, name, row_counts) for form in forms for name in names]
+    _check_in_parallel(cases, options.jobs)
+    if options.check_only:
+        return
+    bandwidth = copy_bandwidth()
+    rows: list[Row] = []
+    for form, name, _ in cases:
+        measured = list(_shape(form, name, row_counts, bandwidth))
+        if measured:
+            print_table(f"{form} {name} (copy {bandwidth / 1e9:.0f} GB/s)", measured)
+        rows += measured
+    if options.write:
+        print(_result(rows, bandwidth).write())
 
 
-def _shape(
-    form: str, name: str, row_counts: Sequence[int], bandwidth: float
-) -> Iterator[dict[str, object]]:
+def _result(rows: Sequence[Row], bandwidth: float) -> Result:
+    return Result(
+        name="gemm",
+        what="matrix products, L2-cold, CUDA graphs, medians; us a call, launched early (PDL)",
+        rows=rows,
+        copy_bytes_per_s=bandwidth,
+    )
+
+
+def _check_in_parallel(cases: Sequence[tuple[str, str, Sequence[int]]], num_jobs: int) -> None:
+    """Compiles and checks every case; ValueError if a product is wrong."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_jobs, mp_context=spawn) as pool:
+        for lines in pool.map(_check_case, cases):
+            if lines:
+                print_table(f"checked {lines[0]['format']} {lines[0]['shape']}", lines)
+
+
+def _check_case(case: tuple[str, str, Sequence[int]]) -> list[Row]:
+    return list(_shape(*case, 0.0))
+
+
+def _shape(form: str, name: str, row_counts: Sequence[int], bandwidth: float) -> Iterator[Row]:
     """One measurement per number of rows; only checks where bandwidth is 0."""
-    if name == "head" and form != "plain":
+    if name == "head":
+        row_counts = [n for n in row_counts if form == _HEAD_FORM and n <= _HEAD_ROWS]
+    if not row_counts:
         return
     num_cols, width = SHAPES[name]
-    weights = _weights(form, num_cols, width)
+    weights = _weights(form, num_cols, width, cold=bandwidth > 0)
     wide = weights[0].dequantise()
     for num_rows in row_counts:
-        if name == "head" and num_rows > _MAX_REFERENCE_ROWS:
-            continue
         x = _rows(form, num_rows, width)
-        calls = [_ours(x, weight) for weight in weights]
         reference = _reference(x, wide)
-        error = _check(f"{form} {name} {num_rows}", calls[0](), reference)
-        torch_calls = _torch_calls(form, x, weights)
-        peer_calls = _peer_calls(form, x, weights)
-        for peer in peer_calls:
-            peer[0]()
-        line: dict[str, object] = {"format": form, "shape": name, "rows": num_rows}
-        line["error"] = error
-        if torch_calls:
-            line["torch_error"] = _check(f"torch {name}", torch_calls[0](), reference)
+        ours = [_ours(x, weight) for weight in weights]
+        torchs = _torch_calls(form, x, weights)
+        peers: list[list[Call]] = []
+        if form == "channel" and isinstance(x, Fp8Rows):
+            peers = lightllm_calls(x, weights)
+        line: Row = {"format": form, "shape": name, "rows": num_rows}
+        line["error"] = _check(f"{form} {name} {num_rows}", ours[0](), reference)
+        if torchs:
+            line["torch_error"] = _check(f"torch {name} {num_rows}", torchs[0](), reference)
+        for peer in peers:
+            _check(f"LightLLM {name} {num_rows}", peer[0](), reference)
         if bandwidth:
-            line |= _times(calls, torch_calls, peer_calls)
+            line |= _times(ours, torchs, peers)
             line |= _rates(num_rows, num_cols, width, weights[0], line["us"], bandwidth)
         yield line
 
@@ -143,13 +175,13 @@ def _times(
 
 
 def _microseconds(calls: Sequence[Call]) -> float:
-    return round(time_graph(calls, num_replays=7) * 1e6, 2)
+    return round(time_graph(calls, num_replays=7, replay_s=_REPLAY_S) * 1e6, 2)
 
 
-def _weights(form: str, num_cols: int, width: int) -> list[Weight]:
-    """Sets enough to stay L2-cold, of one random weight with its rows turned."""
-    gpu = torch.cuda.get_device_name()
-    tables = TileTables.load(gpu, _triton(), capability=torch.cuda.get_device_capability())
+def _weights(form: str, num_cols: int, width: int, *, cold: bool) -> list[Weight]:
+    """Sets enough to stay L2-cold, or one, of one random weight with its rows turned."""
+    gpu, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    tables = TileTables.load(gpu, triton.__version__, capability=capability)
     values = torch.randn(num_cols, width, device="cuda")
     scales = None
     if form == "channel":
@@ -161,14 +193,9 @@ def _weights(form: str, num_cols: int, width: int) -> list[Weight]:
     else:
         values = values.bfloat16()
     plain = values.view(torch.uint8)
-    turned = [plain.roll(GROUP * i, 0) for i in range(num_sets(plain.numel()))]
+    count = num_sets(plain.numel()) if cold else 1
+    turned = [plain.roll(GROUP * i, 0) for i in range(count)]
     return [prepare_weight(t.view(values.dtype), scales, tables=tables) for t in turned]
-
-
-def _triton() -> str:
-    import triton
-
-    return triton.__version__
 
 
 def _rows(form: str, num_rows: int, width: int) -> Rows:
@@ -186,7 +213,7 @@ def _reference(x: Rows, weight: torch.Tensor) -> torch.Tensor:
     """Of the first rows, in fp32."""
     torch.backends.cuda.matmul.allow_tf32 = False
     wide = x.dequantise(torch.float32) if isinstance(x, Fp8Rows) else x.float()
-    return wide[:_MAX_REFERENCE_ROWS] @ weight.t()
+    return wide[:_CHECKED_ROWS] @ weight.t()
 
 
 def _check(what: str, out: object, reference: torch.Tensor) -> float:
@@ -216,34 +243,6 @@ def _scaled_mm(x: Fp8Rows, weight: Weight) -> torch.Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-
-
-def _peer_calls(form: str, x: Rows, weights: Sequence[Weight]) -> list[list[Call]]:
-    """LightLLM's product for decode sizes, in several of the tile sizes that it tunes over."""
-    if form != "channel" or not _PEER.is_file() or not isinstance(x, Fp8Rows):
-        return []
-    num_rows, peer = x.values.shape[0], _load(_PEER)
-    if num_rows > _MAX_REFERENCE_ROWS:
-        return []
-    out = torch.empty(num_rows, weights[0].values.shape[0], device="cuda", dtype=torch.bfloat16)
-    found: list[list[Call]] = []
-    for block_m in {16, 64} if num_rows > 16 else {16}:
-        for block_n, block_k, stages in ((64, 128, 6), (64, 256, 4), (128, 128, 4), (128, 256, 3)):
-            config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
-            config |= {"num_stages": stages, "num_warps": 4}
-            run = peer.scaled_mm_per_token
-            found.append(
-                [partial(run, x.values, w.values, x.scales, w.scales, out, config) for w in weights]
-            )
-    return found
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import triton
 
 from kernels.fp8_quant import FP8, GROUP, Fp8Rows, quantise
 from kernels.linear import linear, prepare_weight
-from kernels.matmul_tiles import DECODE_ROWS
+from kernels.matmul_tiles import DECODE_ROWS, ROW_COUNTS
 from kernels.product import Product
+from kernels.tiles import TileTables
 from kernels.timing import relative_error
 from kernels.weight import Weight
 
@@ -72,10 +76,41 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(form: str, shape: tuple
     for num_rows in (*range(1, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 300):
         for partial in (True, False):
             out = _finished(_first(x, slice(num_rows)), weight, partial=partial)
-            assert torch.equal(out, whole[:num_rows]), (num_rows, partial)
+            _assert_same(out, whole[:num_rows], f"{num_rows} rows, partial {partial}")
+    for num_rows in (512, 513, 1024, 1025, 2000):
+        out = _finished(_first(x, slice(num_rows)), weight, partial=True)
+        _assert_same(out, whole[:num_rows], f"{num_rows} rows")
     for place in (17, 1000, MANY - 1):
         alone = _finished(_first(x, slice(place, place + 1)), weight, partial=True)
-        assert torch.equal(alone[0], whole[place]), place
+        _assert_same(alone[0], whole[place], f"row {place} alone")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", ["plain", "channel"])
+def test_this_gpus_table_gives_the_bits_of_the_default(form: str, shape: tuple[int, int]) -> None:
+    weight, x = _weight(form, shape), _rows(form, MANY, shape[1])
+    tables = TileTables.load(
+        torch.cuda.get_device_name(),
+        triton.__version__,
+        capability=torch.cuda.get_device_capability(),
+    )
+    plan = prepare_weight(weight.values, weight.scales, tables=tables).plan
+    assert plan is not None and weight.plan is not None
+    if plan.at(1).num_splits != weight.plan.at(1).num_splits:
+        pytest.skip("the table's order of summation is another")
+    tuned = replace(weight, plan=plan)
+    for num_rows in (*ROW_COUNTS[:-1], *(n + 1 for n in ROW_COUNTS[:-1]), MANY):
+        rows = _first(x, slice(num_rows))
+        expected = _finished(rows, weight, partial=True)
+        _assert_same(_finished(rows, tuned, partial=True), expected, f"{num_rows} rows")
+
+
+def _assert_same(out: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Bit for bit; says how many values differ, and by how much."""
+    if not torch.equal(out, expected):
+        num_other = int((out != expected).sum())
+        error = relative_error(out, expected)
+        pytest.fail(f"{what}: {num_other} of {out.numel()} values differ, relative {error:.1e}")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -87,9 +122,9 @@ def test_odd_shapes_and_a_bias(form: str) -> None:
     reference = wide @ weight.dequantise().t() + weight.bias.float()
     whole = _finished(x, weight, partial=True)
     assert relative_error(whole, reference) < TOLERANCES[form]
-    for num_rows in (1, 3, 100):
+    for num_rows in (1, 3, 17, 100, 129, 256, 257):
         out = _finished(_first(x, slice(num_rows)), weight, partial=True)
-        assert torch.equal(out, whole[:num_rows])
+        _assert_same(out, whole[:num_rows], f"{num_rows} rows")
 
 
 def _odd(form: str, num_cols: int, width: int) -> Weight:

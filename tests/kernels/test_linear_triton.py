@@ -60,6 +60,29 @@ def test_the_kernel_agrees_with_the_twin(form: str, num_splits: int, few: bool) 
     assert (out - reference).norm() / reference.norm() < TOLERANCE
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("few", [True, False], ids=["decode", "prefill"])
+def test_the_way_out_changes_nothing(form: str, few: bool) -> None:
+    x, weight = _operands(form, 19)
+    rows, scales = (x, None) if isinstance(x, torch.Tensor) else (x.values, x.scales)
+    launch = launch_decode if few else launch_prefill
+
+    def result(**changes: int) -> torch.Tensor:
+        tiles = _tiles(block_m=32, **changes)
+        out = launch(rows, scales, weight, tiles, torch.float16, pdl=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    straight = result()
+    for num_pieces in (1, 2):
+        assert torch.equal(result(num_pieces=num_pieces), straight)
+    if few and form != "block":
+        for extra_n in (32, 64):
+            out = result(extra_n=extra_n)
+            assert (out - straight).norm() / straight.norm() < 1e-3  # fp16 of another numpy product
+            assert torch.equal(result(extra_n=extra_n, num_pieces=1), out)
+
+
 def test_a_weight_names_what_does_not_fit() -> None:
     values = torch.randn(NUM_COLS, WIDTH)
     with pytest.raises(ValueError, match="scales"):
