@@ -95,10 +95,8 @@ class NixlTransfer(ThreadTransfer):
             incarnation=incarnation,
             host_id=_host_id(),
         )
-        part_num_bytes = PART_NUM_BYTES if device_id is None else _DEVICE_PART_NUM_BYTES
-        return cls(
-            agent=agent, backend=backend, thread=thread, loop=loop, part_num_bytes=part_num_bytes
-        )
+        part = PART_NUM_BYTES if device_id is None else _DEVICE_PART_NUM_BYTES
+        return cls(agent=agent, backend=backend, thread=thread, loop=loop, part_num_bytes=part)
 
 
 class _NixlBackend:
