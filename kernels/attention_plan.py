@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 # Tokens of KV that one work item of decode reads. A part of the result: changing it changes bits.
-SPLIT_TOKENS = 256
+SPLIT_TOKENS = 512
 # Packed query rows (tokens x query heads of one KV head) of one work item of prefill.
 PREFILL_TILE_ROWS = 128
 # A tile that writes nothing and reads the first token of sequence 0: fills a list up.

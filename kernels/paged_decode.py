@@ -1,11 +1,12 @@
 """Decode attention over paged KV: one query token a row, any mix of lengths, all on the device.
 
 A row's KV is cut into splits of SPLIT_TOKENS; a work item is one split of one KV head, whose query
-heads are the rows of one product. Programs stay and walk the work list of `decode_plan`, so the
-grid knows nothing of lengths and a CUDA graph holds for all of them. A second kernel merges the
-rows of several splits, always in the order of the splits: a row's bits depend on that row alone.
-(Not the last program to finish: the fence that it takes waits for all the KV on its way.) Split KV:
-Dao et al., Flash-Decoding, 2023; online softmax: Milakov and Gimelshein, 2018. Never writes KV.
+heads, 8 at a time, are the columns of one product. Programs stay and walk the work list of
+`decode_plan`, so the grid knows nothing of lengths and a CUDA graph holds for all of them. A second
+kernel merges the rows of several splits, always in the order of the splits: a row's bits depend on
+that row alone. (Not the last program to finish: the fence that it takes waits for all the KV on its
+way.) Split KV: Dao et al., Flash-Decoding, 2023; online softmax: Milakov and Gimelshein, 2018.
+Never writes KV.
 """
 
 # The bodies of kernels are Triton's, not Python's, to which a type checker holds them.
@@ -27,10 +28,14 @@ from kernels.paged_decode_kernel import decode_kernel, merge_kernel
 
 # Tokens of a product, at most. A part of the result: changing it changes bits.
 TILE_TOKENS = 64
-# Rows and depth of the smallest product.
-_MIN_ROWS, _MIN_DEPTH = 16, 16
+# Query heads of a product: with more, Triton 3.6 takes wgmma, and FP8 pages gave NaN on an H100.
+_COLS = 8
+# Depth of the smallest product.
+_MIN_DEPTH = 16
 # Splits that a step of the merge holds. A part of the result as well.
-_MERGE_SPLITS = 32
+_MERGE_SPLITS = 16
+# Programs of the merge: many small ones, since each waits for memory most of its time.
+_MERGE_WARPS, _MERGES_PER_SM = 1, 16
 _LOG2_E = math.log2(math.e)
 
 
@@ -39,9 +44,15 @@ class DecodeConfig:
     """How the kernel runs. num_warps orders sums, so it must be one for all numbers of rows."""
 
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 4
     programs_per_sm: int = 2
     max_registers: int | None = None
+
+
+# As many programs as a multiprocessor has room for (by shared memory; FP8: by registers). With
+# fewer, some would get one more than others, since the kernel before still holds a part of them.
+CONFIG = DecodeConfig()
+FP8_CONFIG = DecodeConfig(num_stages=3, programs_per_sm=4, max_registers=128)
 
 
 def paged_decode(
@@ -105,12 +116,12 @@ def _launch_triton(
     pdl: bool = False,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
-    config = config or DecodeConfig()
+    config = config or (CONFIG if pages.scales is None else FP8_CONFIG)
     num_rows, num_heads, head_dim = query.shape
     out = torch.empty(num_rows, num_heads * head_dim, dtype=query.dtype, device=query.device)
     workspace = plan.workspace
     values, scales = _views(pages, layer)
-    decode_kernel[(_num_programs(query.device, config),)](
+    decode_kernel[(_num_programs(query.device, config.programs_per_sm),)](
         query,
         values,
         scales,
@@ -132,7 +143,7 @@ def _launch_triton(
         maxnreg=config.max_registers,
         launch_pdl=pdl,
     )
-    _merge(query, plan, out, pdl=pdl, num_programs=_num_programs(query.device, config))
+    _merge(query, plan, out, pdl=pdl)
     return out
 
 
@@ -149,10 +160,13 @@ def _constants(query: torch.Tensor, pages: KvPages) -> dict[str, Any]:
     num_kv_heads, block_tokens = pages.values.shape[1], pages.values.shape[4]
     _, num_heads, head_dim = query.shape
     group = num_heads // num_kv_heads
+    parts = triton.cdiv(group, _COLS)
     return {
-        "NUM_KV_HEADS": num_kv_heads,
+        "NUM_PARTS": num_kv_heads * parts,
+        "PARTS": parts,
+        "NUM_HEADS": num_heads,
         "GROUP": group,
-        "ROWS": max(_MIN_ROWS, triton.next_power_of_2(group)),
+        "COLS": _COLS,
         "HEAD_DIM": head_dim,
         "HALF_DIM": max(_MIN_DEPTH, triton.next_power_of_2(head_dim) // 2),
         "BLOCK_TOKENS": block_tokens,
@@ -160,19 +174,19 @@ def _constants(query: torch.Tensor, pages: KvPages) -> dict[str, Any]:
         "TILE": min(TILE_TOKENS, block_tokens),
         "HAS_SCALES": pages.scales is not None,
         "DOT_DTYPE": _dot_dtype(pages.values.dtype),
+        "ON_GPU": query.is_cuda,
     }
 
 
-def _merge(
-    query: torch.Tensor, plan: DecodePlan, out: torch.Tensor, *, pdl: bool, num_programs: int
-) -> None:
+def _merge(query: torch.Tensor, plan: DecodePlan, out: torch.Tensor, *, pdl: bool) -> None:
     """Nothing to do where no row of the table can have several splits."""
     num_rows, num_heads, head_dim = query.shape
     workspace = plan.workspace
     block_tokens = SPLIT_TOKENS // workspace.blocks.shape[1]
     if plan.block_table.shape[1] * block_tokens <= SPLIT_TOKENS:
         return
-    merge_kernel[(min(num_programs, num_rows * num_heads),)](
+    num_programs = min(_num_programs(query.device, _MERGES_PER_SM), num_rows * num_heads)
+    merge_kernel[(num_programs,)](
         workspace.accs,
         workspace.sums,
         out,
@@ -183,16 +197,16 @@ def _merge(
         BLOCK_D=triton.next_power_of_2(head_dim),
         SPLITS=_MERGE_SPLITS,
         PDL=pdl,
-        num_warps=4,
+        num_warps=_MERGE_WARPS,
         launch_pdl=pdl,
     )
 
 
-def _num_programs(device: torch.device, config: DecodeConfig) -> int:
+def _num_programs(device: torch.device, per_sm: int) -> int:
     if device.type != "cuda":
         return 3
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return num_sms * config.programs_per_sm
+    return num_sms * per_sm
 
 
 def _dot_dtype(dtype: torch.dtype) -> tl.dtype:

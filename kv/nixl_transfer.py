@@ -68,7 +68,6 @@ class NixlTransfer(ThreadTransfer):
         environment: Mapping[str, str] | None = None,
     ) -> NixlTransfer:
         """Starts the agent and registers the arena; blocks about 0.5 s (1.4 s with a GPU).
-
         `arena` is (address, num_bytes), kept alive by the caller, or a numpy buffer, kept here.
         With `device_id` it is GPU memory; `on_thread_start` then sets the device in the thread.
         `environment` adds UCX variables, such as UCX_NET_DEVICES; the user's own still win.

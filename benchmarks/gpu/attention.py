@@ -42,7 +42,7 @@ from kernels.paged_prefill import paged_prefill
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_TOKENS = 32, 8, 128, 64
 GROUP = NUM_HEADS // NUM_KV_HEADS
 SCALE = HEAD_DIM**-0.5
-DECODE = ((64, 4096), (1, 8192), (256, 512), (16, 1024), (1, 512), (1, 256))
+DECODE = ((64, 4096), (1, 8192), (256, 512), (256, 448), (64, 448), (16, 1024), (1, 512), (1, 256))
 PREFILL = ((8192, 0), (2048, 0), (512, 7680))  # rows, tokens before them
 # Rounding of weights and results to 16 bits; of stored values to FP8.
 LIMITS = {torch.bfloat16: 6e-3, FP8: 6e-2}

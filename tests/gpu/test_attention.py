@@ -1,9 +1,14 @@
 """Attention over paged KV at the shapes of Qwen3-8B: right, and the same bits in any company."""
 
+# Triton types its language for the compiler, not for a checker.
+# pyright: reportArgumentType=false
+
 from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels.attention_plan import (
     SPLIT_TOKENS,
@@ -15,6 +20,7 @@ from kernels.attention_plan import (
 )
 from kernels.kv_pages import FP8, KvPages
 from kernels.paged_decode import paged_decode, read_pages
+from kernels.paged_decode_loads import unpack
 from kernels.paged_prefill import paged_prefill
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +94,7 @@ def check(out: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None
     assert error <= LIMITS[dtype], error
 
 
-LENGTHS = [1, 2, 63, 64, 65, 0, 255, 256, 257, 511, 512, 513, 1000, 4096, 4097, 9000]
+LENGTHS = [1, 2, 63, 64, 65, 0, 255, 448, 511, 512, 513, 1000, 1025, 4096, 4097, 9000]
 
 
 @DTYPES
@@ -136,11 +142,29 @@ def test_a_graph_holds_for_any_lengths() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    for lengths in ([1] * 8, [0, 9000, 5, 256, 257, 8999, 64, 0], longest):
+    for lengths in ([1] * 8, [0, 9000, 5, 512, 513, 8999, 64, 0], longest):
         plan.lengths.copy_(torch.tensor(lengths))
         graph.replay()
         expected = paged_decode(query, pages, LAYER, plan_decode(table, lengths), SCALE)
         assert torch.equal(out, expected), lengths
+
+
+@triton.jit
+def _unpack_kernel(pairs_ptr, low_ptr, high_ptr, SIZE: tl.constexpr):
+    places = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    pairs = tl.load(pairs_ptr + places)
+    tl.store(low_ptr + places, unpack(pairs, False, True))
+    tl.store(high_ptr + places, unpack(pairs, True, True))
+
+
+def test_every_pair_of_fp8_values_is_unpacked_exactly() -> None:
+    pairs = torch.arange(-(2**15), 2**15, dtype=torch.int16, device="cuda")
+    low, high = torch.empty(2, 2**16, dtype=torch.float16, device="cuda")
+    _unpack_kernel[(2**16 // 1024,)](pairs, low, high, SIZE=1024)
+    expected = pairs.view(FP8).view(-1, 2).half()
+    torch.testing.assert_close(
+        torch.stack([low, high], 1), expected, rtol=0, atol=0, equal_nan=True
+    )
 
 
 COUNTS, STARTS = [1, 700, 64, 333, 1000], [300, 0, 64, 1001, 130]
