@@ -23,7 +23,7 @@ from protos import gateway_pb2_grpc, status_pb2, status_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = re.compile(r"^kvmesh-ready role=(\S+) address=(\S+) incarnation=(\S+)")
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 300.0  # of a large model on a GPU, which compiles its kernels first
 
 
 @dataclass
