@@ -1,0 +1,62 @@
+"""An index of a few slots, with short words for long sequences; checks after each of them."""
+
+from __future__ import annotations
+
+from services.kvstore.arena import SlotAllocator
+from services.kvstore.block import LeaseOutcome, Reserved
+from services.kvstore.index import BlockIndex
+
+SIZE = 4096
+
+
+class Clock:
+    """A clock that tests turn by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Store:
+    """An index of a few slots, with short words for long sequences; checks after each of them."""
+
+    def __init__(self, num_slots: int = 4) -> None:
+        self.clock = Clock()
+        self.slots = SlotAllocator(num_slots * SIZE)
+        self.index = BlockIndex(self.slots, clock=self.clock)
+
+    def reserve(
+        self, keys: str, *, owner: str = "w", ttl_s: float = 10, private: bool = False
+    ) -> list[Reserved]:
+        answers = self.index.reserve(
+            owner, [key.encode() for key in keys], SIZE, ttl_s=ttl_s, is_private=private
+        )
+        self.index.check()
+        return answers
+
+    def put(self, keys: str, *, private: bool = False) -> list[int]:
+        ids = [answer.reservation_id for answer in self.reserve(keys, private=private)]
+        assert self.index.seal("w", ids, range(len(ids))) == [True] * len(ids)
+        self.index.check()
+        return ids
+
+    def lookup(self, keys: str, *, ttl_s: float = 10) -> tuple[int, int]:
+        leased = self.index.lookup("r", [key.encode() for key in keys], SIZE, ttl_s=ttl_s)
+        self.index.check()
+        return leased.lease_id, len(leased.blocks)
+
+    def release(self, lease_id: int) -> LeaseOutcome:
+        outcome = self.index.release("r", lease_id)
+        self.index.check()
+        return outcome
+
+    def sealed(self, keys: str) -> str:
+        """Those of the keys that are sealed, without touching their order of use."""
+        blocks = self.index._blocks
+        return "".join(k for k in keys if blocks.state.at[blocks.row_of(k.encode())])
+
+
+def outcomes(answers: list[Reserved]) -> list[str]:
+    return [answer.outcome.name for answer in answers]

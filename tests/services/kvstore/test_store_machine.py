@@ -1,0 +1,264 @@
+"""The store's protocol in random order, with real bytes: no reader ever uses a wrong one.
+
+The same machine must find each of the mutants: one habit of the store or of its callers, broken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from services.kvstore.block import Leased, LeaseOutcome, Reserved
+from services.kvstore.index import BlockIndex
+from tests.services.kvstore.store_ledger import (
+    NUM_PARTS,
+    QUARANTINE_S,
+    SIZE,
+    Read,
+    State,
+    Write,
+)
+from tests.services.kvstore.store_world import Habits, World
+
+NUM_STEPS = 150  # long: what breaks a protocol needs a past
+WRITERS, READERS = ("w0", "w1"), ("r0", "r1")
+CHAINS = ("A", "B", "AB", "ABC", "CD", "D", "EA")
+KEYS = st.sampled_from([[key.encode() for key in chain] for chain in CHAINS])
+SIZES = st.sampled_from([SIZE, SIZE, SIZE, 2 * SIZE])
+TTLS = st.sampled_from([1.0, 4.0, 15.0])
+SECONDS = st.sampled_from([0.5, 1.0, 5.0, 5.0, QUARANTINE_S, 2 * QUARANTINE_S])
+STEPS = (
+    *("begin_write", "go_on_writing", "end_write", "begin_read", "go_on_reading", "end_read") * 2,
+    *("pass_time", "pass_time", "take_away", "have_trouble", "have_trouble"),
+)
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Every operation of the protocol at any time.
+
+    It has one rule because Hypothesis leaves out a random half of the rules in each example, and
+    what breaks a protocol needs many kinds of steps.
+    """
+
+    habits: ClassVar[Habits] = Habits()
+    reached: ClassVar[Counter[str] | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.habits)
+        self.incarnations: Counter[str] = Counter()
+
+    @rule(data=st.data())
+    def do(self, data: st.DataObject) -> None:
+        """One step that has something to act on."""
+        things = {
+            "go_on_writing": self._on_the_way(),
+            "end_write": self._remembered(),
+            "begin_read": self._sealed(),
+            "go_on_reading": self.world.reads,
+            "end_read": self.world.reads,
+        }
+        step = data.draw(st.sampled_from([step for step in STEPS if things.get(step, True)]))
+        if step in things:
+            getattr(self, step)(data.draw, data.draw(st.sampled_from(things[step][-4:])))
+        else:
+            getattr(self, step)(data.draw)
+
+    def begin_write(self, draw: Draw) -> None:
+        """Reserves; some parts may arrive at once, and what is whole is sealed."""
+        owner = self._owner(draw(st.sampled_from(WRITERS)))
+        num_parts = draw(st.integers(0, NUM_PARTS))
+        ttl_s, is_private = draw(TTLS), draw(st.booleans())
+        for write in self.world.reserve(owner, draw(KEYS), draw(SIZES), ttl_s, is_private):
+            self.world.land(write, num_parts)
+            if num_parts == NUM_PARTS:
+                self.world.seal(write)
+
+    def go_on_writing(self, draw: Draw, write: Write) -> None:
+        self.world.land(write, draw(st.integers(1, NUM_PARTS)))
+
+    def end_write(self, draw: Draw, write: Write) -> None:
+        (self.world.seal if draw(st.booleans()) else self.world.acknowledge)(write)
+
+    def begin_read(self, draw: Draw, first: Write) -> None:
+        owner = self._owner(draw(st.sampled_from(READERS)))
+        keys = [first.key, *draw(KEYS)]
+        self.world.look_up(owner, keys, first.num_bytes, draw(TTLS))
+
+    def go_on_reading(self, draw: Draw, read: Read) -> None:
+        self.world.read(read, draw(st.integers(1, NUM_PARTS)))
+
+    def end_read(self, draw: Draw, read: Read) -> None:
+        self.world.read(read, draw(st.sampled_from([NUM_PARTS, 0])))
+        self.world.release(read)
+
+    def pass_time(self, draw: Draw) -> None:
+        """The store notices at once or with the next operation."""
+        self.world.now += draw(SECONDS)
+        if draw(st.booleans()):
+            self.world.life.index.expire()
+
+    def take_away(self, draw: Draw) -> None:
+        """Blocks go; a reader may report any as corrupt."""
+        index, keys = self.world.life.index, draw(KEYS)
+        how = draw(st.sampled_from(["drop_corrupt", "discard", "evict"]))
+        if how == "evict":
+            index.evict(len(keys))
+        else:
+            getattr(index, how)(keys)
+
+    def have_trouble(self, draw: Draw) -> None:
+        """An owner begins another life, known or not; a sealed bit turns; the store restarts."""
+        what = draw(st.sampled_from(["crash", "silence", "flip", "flip", "restart"]))
+        if what == "restart":
+            self.world.begin()
+        elif what == "flip":
+            for write in self._sealed()[-1:]:
+                self.world.flip(write)
+        else:
+            who = draw(st.sampled_from(WRITERS + READERS))
+            self.world.end_owner(self._owner(who), is_known=what == "crash")
+            self.incarnations[who] += 1
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        self.world.quiesce()
+        if self.reached is not None:
+            self.reached.update(self.world.reached)
+
+    def _owner(self, who: str) -> str:
+        return f"{who}.{self.incarnations[who]}"
+
+    def _on_the_way(self) -> list[Write]:
+        return [
+            write
+            for write in self.world.writes
+            if not write.is_over
+            and write.state is not State.SEALED
+            and write.num_landed < NUM_PARTS
+        ]
+
+    def _remembered(self) -> list[Write]:
+        """Writes whose owner lives and has not given them back."""
+        living = set(map(self._owner, WRITERS))
+        return [w for w in self.world.writes if w.owner in living and not w.is_over]
+
+    def _sealed(self) -> list[Write]:
+        return [write for write in self.world.life.granted if write.state is State.SEALED]
+
+
+TestStoreMachine = StoreMachine.TestCase
+TestStoreMachine.settings = settings(max_examples=40, stateful_step_count=NUM_STEPS, deadline=None)
+
+
+class LateSeal(BlockIndex):
+    """Seals a reservation that has expired."""
+
+    def reserve(
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        *,
+        ttl_s: float,
+        is_private: bool = False,
+    ) -> list[Reserved]:
+        return super().reserve(owner, keys, num_bytes, ttl_s=10 * ttl_s, is_private=is_private)
+
+
+class BlindEviction(BlockIndex):
+    """Forgets a lease as soon as it has granted it."""
+
+    def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
+        leased = super().lookup(owner, keys, num_bytes, ttl_s=ttl_s)
+        super().release(owner, leased.lease_id)
+        return leased
+
+
+class AlwaysHeld(BlockIndex):
+    """Calls every lease of the caller held."""
+
+    def release(self, owner: str, lease_id: int) -> LeaseOutcome:
+        outcome = super().release(owner, lease_id)
+        return outcome if owner == "another" else LeaseOutcome.HELD
+
+
+class AnyOwner(BlockIndex):
+    """Lets every caller acknowledge everything."""
+
+    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
+        owners = ["another", *(f"w{i}.{n}" for i in range(2) for n in range(5))]
+        ids = list(reservation_ids)
+        return sum(super(AnyOwner, self).acknowledge(each, ids) for each in owners)
+
+
+MUTANTS = {
+    "quarantine skipped": (Habits(quarantine_s=0.0), "two hands: two writers'|was kept"),
+    "quarantine never ends": (Habits(quarantine_s=1e9), "slots leak"),
+    "ids begin again after a restart": (Habits(ids_per_life=0), "an id of another life"),
+    "an expired reservation is sealed": (Habits(index_type=LateSeal), "that had ended was sealed"),
+    "a lease does not stop eviction": (
+        Habits(index_type=BlindEviction),
+        "a reader's and a writer|was live: True",
+    ),
+    "an expired lease is called held": (Habits(index_type=AlwaysHeld), "Release said HELD"),
+    "another owner acknowledges": (Habits(index_type=AnyOwner), "another's slot was freed"),
+    "a reader does not confirm": (Habits(confirms=False), "is not what was sealed"),
+    "a reader does not verify": (Habits(verifies=False), "a reader used bytes"),
+    "a slot is given back during its WRITE": (Habits(waits=False), "a slot was overwritten"),
+    "a block is sealed during its WRITE": (Habits(finishes=False), "sealed unwritten"),
+}
+
+
+def _run(habits: Habits, num_examples: int) -> Counter[str]:
+    """Runs the same examples each time; returns what they reached."""
+    reached: Counter[str] = Counter()
+    machine = type("Mutant", (StoreMachine,), {"habits": habits, "reached": reached})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=num_examples,
+            stateful_step_count=NUM_STEPS,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            report_multiple_bugs=False,
+        ),
+    )
+    return reached
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_machine_finds(name: str) -> None:
+    habits, complaint = MUTANTS[name]
+    with pytest.raises(AssertionError, match=complaint):
+        _run(habits, num_examples=300)
+
+
+def test_the_machine_reaches_what_it_is_about() -> None:
+    assert set(_run(Habits(), num_examples=25)) >= {
+        "used",
+        "HELD",
+        "EXPIRED",
+        "found corrupt",
+        "hit another's block",
+        "landed in an old life",
+        "landed in quarantine",
+        "not sealed",
+        "reused a slot",
+    }
