@@ -34,7 +34,7 @@ class MeshOptions:
     """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
 
     kv_bytes, block_tokens, max_batch and chunk_tokens None are the workers' own defaults;
-    store_bytes None is STORE_BYTES of the device.
+    store_bytes None is STORE_BYTES of the device, store_disk None is no disk.
     """
 
     model: Path
@@ -51,6 +51,8 @@ class MeshOptions:
     load_format: str = "auto"
     kv_bytes: str | None = None
     store_bytes: str | None = None
+    store_disk: Path | None = None
+    store_disk_bytes: str = "1GiB"
     block_tokens: int | None = None
     max_batch: int | None = None
     chunk_tokens: int | None = None
@@ -85,6 +87,7 @@ def check_options(options: MeshOptions) -> None:
             words = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
             raise PlanError(f"{flag} {value}: give {words}")
     _check_memory(options)
+    _check_disk(options)
 
 
 def _check_model(options: MeshOptions) -> None:
@@ -128,6 +131,18 @@ def _check_memory(options: MeshOptions) -> None:
     limit = memory_num_bytes()
     if asked > limit:
         raise PlanError(f"{words} = {asked} bytes; this machine has {limit} bytes of memory")
+
+
+def _check_disk(options: MeshOptions) -> None:
+    """The stores can have a directory each below the one that is given."""
+    _num_bytes("--store-disk-bytes", options.store_disk_bytes)
+    directory = options.store_disk
+    if directory is None:
+        return
+    if options.device != "cpu":
+        raise PlanError(f"--store-disk {directory}: needs --device cpu, not {options.device}")
+    if directory.exists() and not directory.is_dir():
+        raise PlanError(f"--store-disk {directory}: not a directory")
 
 
 def _num_bytes(flag: str, text: str) -> int:

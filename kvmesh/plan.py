@@ -94,8 +94,17 @@ def _store(options: MeshOptions, addresses: list[str], index: int) -> ServiceSpe
         flags=(
             *_shared_flags(options, LOOPBACK, port_of(address)),
             *("--device", options.device, "--kv-bytes", options.store_size),
+            *_disk(options, index),
         ),
     )
+
+
+def _disk(options: MeshOptions, index: int) -> tuple[str, ...]:
+    """A directory of its own for each store: two never share one."""
+    if options.store_disk is None:
+        return ()
+    directory = options.store_disk / f"kvstore-{index}"
+    return ("--disk-dir", str(directory), "--disk-bytes", options.store_disk_bytes)
 
 
 def _worker(

@@ -55,6 +55,7 @@ class Instruments:
     kv_transfer_io: Counter
     kv_prefix_tokens: Counter
     kv_verify_failures: Counter
+    kv_tier_blocks: Counter
     requests: Counter
     requests_rejected: Counter
     retries: Counter
@@ -105,6 +106,9 @@ def declare(meter: Meter) -> Instruments:
         kv_prefix_tokens=counter("kvmesh.kv.prefix.tokens", "{token}", "prompt tokens {result}"),
         kv_verify_failures=counter(
             "kvmesh.kv.verify.failures", "{block}", "blocks not used {reason}"
+        ),
+        kv_tier_blocks=counter(
+            "kvmesh.kv.tier.blocks", "{block}", "copied between tiers {move}, or not: skipped"
         ),
         requests=counter("kvmesh.requests", "{request}", "requests by {state}"),
         requests_rejected=counter("kvmesh.requests.rejected", "{request}", "refused {reason}"),

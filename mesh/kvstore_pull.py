@@ -18,6 +18,8 @@ from protos import kvstore_pb2
 
 Hold = Callable[[list[int], "asyncio.Future[None]"], None]
 _DIGEST_MASK = 2**64 - 1
+# A store may take this long to bring blocks from its disk; the call itself needs the rest.
+_MAX_WAIT_S = RPC_TIMEOUT_S / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class Pull:
             keys=[self._keys[index] for index in indices],
             num_bytes=self._shards.block_num_bytes,
             ttl_s=self._deadline.ttl_s,
+            max_wait_s=min(_MAX_WAIT_S, self._deadline.remaining_s / 2),
         )
         response = await shard.call("Lookup", request, self._deadline.remaining_s)
         blocks = list(response.blocks[: len(indices)])

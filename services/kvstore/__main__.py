@@ -26,9 +26,12 @@ from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
 from services.kvstore.arena import DramArena, SlotAllocator
+from services.kvstore.block import IndexCounts
 from services.kvstore.callers import CallerTable
+from services.kvstore.disk_files import DiskFiles
 from services.kvstore.hbm import HbmArena
 from services.kvstore.index import BlockIndex
+from services.kvstore.mover import Mover
 from services.kvstore.servicer import KvStoreServicer
 from services.kvstore.settings import KvStoreSettings
 
@@ -50,8 +53,10 @@ class KvStore:
             clock=time.monotonic,
             private_ttl_s=settings.private_ttl_s,
             quarantine_s=settings.quarantine_s,
-            first_id=1 + secrets.randbits(48),
+            first_id=1 + secrets.randbits(32),
+            disk_num_bytes=settings.disk_num_bytes,
         )
+        self._mover: Mover | None = None
         self._callers = CallerTable(clock=time.monotonic)
         self._telemetry = Telemetry.start(
             role=ROLE,
@@ -74,14 +79,21 @@ class KvStore:
             on_thread_start=self._arena.make_current,
             loop=asyncio.get_running_loop(),
         )
+        self._mover = await self._open_disk()
         servicer = KvStoreServicer(
-            index=self._index, callers=self._callers, transfer=transfer, telemetry=self._telemetry
+            index=self._index,
+            callers=self._callers,
+            transfer=transfer,
+            telemetry=self._telemetry,
+            mover=self._mover,
         )
         sweep = asyncio.create_task(self._sweep(), name="sweep")
         sweep.add_done_callback(lambda _: stop.set())
         try:
             await self._serve(servicer, stop)
         finally:
+            if self._mover is not None:
+                await self._mover.close()
             transfer.close()
             self._telemetry.close()
             self._arena.close()
@@ -89,6 +101,24 @@ class KvStore:
         await asyncio.wait([sweep])
         if not sweep.cancelled():
             sweep.result()
+
+    async def _open_disk(self) -> Mover | None:
+        """The disk tier, filled with what a former life left; StartupError names what is wrong."""
+        directory = self._settings.disk_dir
+        if directory is None:
+            return None
+        assert isinstance(self._arena, DramArena)  # the settings see to it
+        try:
+            mover = Mover(
+                index=self._index,
+                files=DiskFiles(directory),
+                memory=self._arena.memory,
+                telemetry=self._telemetry,
+            )
+            await mover.load()
+        except OSError as error:
+            raise StartupError(f"--disk-dir {directory}: {error}") from error
+        return mover
 
     async def _serve(self, servicer: KvStoreServicer, stop: asyncio.Event) -> None:
         settings = self._settings
@@ -116,10 +146,14 @@ class KvStore:
     async def _drain(self) -> None:
         """Waits until nobody reads or writes, at most drain_s seconds; the rest is a lost cache."""
         deadline = time.monotonic() + self._settings.drain_s
-        counts = self._index.counts()
-        while (counts.num_leases or counts.num_reserved) and time.monotonic() < deadline:
+        is_busy = self._is_busy()
+        while is_busy and time.monotonic() < deadline:
             await asyncio.sleep(_DRAIN_POLL_S)
-            counts = self._index.counts()
+            is_busy = self._is_busy()
+
+    def _is_busy(self) -> bool:
+        counts = self._index.counts()
+        return bool(counts.num_leases or counts.num_reserved or self._index.disk.num_pending)
 
     async def _sweep(self) -> None:
         """Expires what nobody asks about, so that counts and slots come back by themselves."""
@@ -127,6 +161,8 @@ class KvStore:
             await asyncio.sleep(self._settings.sweep_s)
             self._index.expire()
             self._callers.expire()
+            if self._mover is not None:
+                self._mover.wake()
 
     def _status(self) -> status_pb2.InstanceStatus:
         self._index.expire()
@@ -136,13 +172,14 @@ class KvStore:
             address=self._address,
             incarnation=self._incarnation,
             ready=self._ready,
-            detail=f"{len(self._callers)} workers connected",
+            detail=f"{len(self._callers)} workers connected{self._disk_detail(counts)}",
             counts=status_pb2.Counts(
                 num_blocks=self._slots.capacity,
-                num_blocks_used=counts.num_sealed + counts.num_reserved,
+                num_blocks_used=counts.num_sealed + counts.num_reserved + counts.num_promoting,
                 num_blocks_sealed=counts.num_sealed,
                 num_blocks_quarantined=counts.num_quarantined + counts.num_dropped,
                 num_blocks_private=counts.num_private,
+                num_blocks_on_disk=counts.num_on_disk,
                 num_leases=counts.num_leases,
                 num_reservations=counts.num_reserved,
                 num_tasks=task_count(),
@@ -152,6 +189,12 @@ class KvStore:
             uptime_s=time.monotonic() - self._started_at,
         )
 
+    def _disk_detail(self, counts: IndexCounts) -> str:
+        if self._mover is None:
+            return ""
+        limit = self._index.disk.capacity_num_bytes
+        return f"; disk: {counts.disk_num_bytes} of {limit} bytes in {self._settings.disk_dir}"
+
     def _observe_blocks(self) -> list[tuple[int, dict[str, str]]]:
         counts = self._index.counts()
         states = {
@@ -160,10 +203,13 @@ class KvStore:
             "private": counts.num_private,
             "quarantined": counts.num_quarantined,
             "dropped": counts.num_dropped,
+            "promoting": counts.num_promoting,
         }
-        return [
-            (value, {"state": state, "tier": self._arena.tier}) for state, value in states.items()
-        ]
+        tier = self._arena.tier
+        numbers = [(value, {"state": state, "tier": tier}) for state, value in states.items()]
+        if self._settings.disk_dir is not None:
+            numbers.append((counts.num_on_disk, {"state": "sealed", "tier": "disk"}))
+        return numbers
 
 
 def _open_arena(settings: KvStoreSettings) -> DramArena | HbmArena:

@@ -1,4 +1,4 @@
-"""The values of the block index: blocks, leases and what its operations answer.
+"""The values of the block index: states and what its operations answer.
 
 Owns their fields; the index owns their changes.
 """
@@ -8,14 +8,26 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 
-class BlockState(enum.Enum):
-    """Life of a slot's content: RESERVED -> SEALED -> DROPPED, or RESERVED -> QUARANTINED."""
 
+class BlockState(enum.IntEnum):
+    """What is in a block's slot: RESERVED or PROMOTING, then SEALED; DROPPED is the end."""
+
+    ABSENT = 0  # no slot: the block is on disk only, or others name it as their parent
     RESERVED = enum.auto()
+    PROMOTING = enum.auto()  # the store itself is writing it, from disk
     SEALED = enum.auto()
-    QUARANTINED = enum.auto()  # its writer may still write: not in the index, slot not reused
-    DROPPED = enum.auto()  # not in the index; the slot waits for the last lease
+    DROPPED = enum.auto()  # not in the index; the slot waits for the last hold
+
+
+class DiskState(enum.IntEnum):
+    """Whether a block has a copy on disk."""
+
+    ABSENT = 0
+    WRITING = enum.auto()
+    PRESENT = enum.auto()
 
 
 class ReserveOutcome(enum.Enum):
@@ -32,35 +44,6 @@ class LeaseOutcome(enum.Enum):
 
     HELD = enum.auto()
     EXPIRED = enum.auto()
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Block:
-    """One slot's content. Mutable; only the index changes it."""
-
-    key: bytes
-    offset: int
-    num_bytes: int
-    owner: str
-    reservation_id: int
-    is_private: bool
-    parent: bytes | None = None
-    state: BlockState = BlockState.RESERVED
-    digest: int = 0
-    num_leases: int = 0
-    last_used: int = 0
-
-    def is_readable_as(self, num_bytes: int) -> bool:
-        """Whether a reader of blocks of num_bytes may be pointed at it."""
-        return self.state is BlockState.SEALED and self.num_bytes == num_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
-    """A read lease: its blocks' slots are not reused while it lives."""
-
-    owner: str
-    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,23 +63,32 @@ class LeasedBlock:
     num_bytes: int
     digest: int
 
-    @classmethod
-    def of(cls, block: Block) -> LeasedBlock:
-        """What a reader may know of a block."""
-        return cls(offset=block.offset, num_bytes=block.num_bytes, digest=block.digest)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Leased:
-    """The longest sealed prefix; lease_id is 0 when it is empty."""
+    """The longest sealed prefix: where its blocks are and what their bytes must hash to.
+
+    lease_id is 0 when the prefix is empty.
+    """
 
     lease_id: int
-    blocks: tuple[LeasedBlock, ...]
+    num_bytes: int
+    offsets: NDArray[np.int64]  # [num_blocks]
+    digests: NDArray[np.uint64]  # [num_blocks]
+
+    @property
+    def blocks(self) -> tuple[LeasedBlock, ...]:
+        """The same, block by block."""
+        pairs = zip(self.offsets.tolist(), self.digests.tolist(), strict=True)
+        return tuple(
+            LeasedBlock(offset=offset, num_bytes=self.num_bytes, digest=digest)
+            for offset, digest in pairs
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexCounts:
-    """Numbers of things the index holds."""
+    """Numbers of things the index holds; those without `disk` in their name are in memory."""
 
     num_sealed: int
     num_reserved: int
@@ -104,3 +96,6 @@ class IndexCounts:
     num_quarantined: int
     num_dropped: int
     num_leases: int
+    num_promoting: int
+    num_on_disk: int
+    disk_num_bytes: int

@@ -5,41 +5,61 @@ Owns the statement of what must always hold between its books; never changes the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from services.kvstore.block import Block, BlockState, Lease
+import numpy as np
+
+from services.kvstore.block import BlockState
+from services.kvstore.blocks import Blocks
 from services.kvstore.expiry import Deadlines, Due
+from services.kvstore.leases import Leases
+from services.kvstore.memory import MemoryTier
+from services.kvstore.reservations import Reservations
+from services.kvstore.rows import RowArray
 
 
 def check_books(
     *,
-    blocks: Mapping[bytes, Block],
-    reserved: Mapping[int, Block],
-    sealed: Mapping[int, Block],
-    quarantined: Mapping[int, Block],
-    dropped: Iterable[Block],
-    leases: Mapping[int, Lease],
+    blocks: Blocks,
+    memory: MemoryTier,
+    reservations: Reservations,
+    leases: Leases,
+    moving: RowArray,
     deadlines: Deadlines,
     used_offsets: set[int],
 ) -> None:
     """Asserts one owner per slot, states that match their books, deadlines for all promises."""
-    holders = [*blocks.values(), *quarantined.values(), *dropped]
-    offsets = {block.offset for block in holders}
-    assert len(offsets) == len(holders), "a slot is owned twice"
-    assert offsets == used_offsets, "a slot is leaked or used after it was freed"
-    assert all(key == block.key for key, block in blocks.items())
-    for state, book in ((BlockState.RESERVED, reserved), (BlockState.SEALED, sealed)):
-        in_state = {b.reservation_id: b for b in blocks.values() if b.state is state}
-        assert in_state == book, f"{state} blocks and their ids disagree"
-    assert len(reserved) + len(sealed) == len(blocks), "the index holds blocks of another state"
-    assert all(b.state is BlockState.QUARANTINED for b in quarantined.values())
-    assert all(b.state is BlockState.DROPPED and b.num_leases for b in dropped)
-    num_leases: dict[int, int] = {}
-    for block in (block for lease in leases.values() for block in lease.blocks):
-        num_leases[id(block)] = num_leases.get(id(block), 0) + 1
-    counted = {id(block): block.num_leases for block in holders if block.num_leases}
-    assert num_leases == counted, "lease counts differ from the leases"
-    assert deadlines.live(Due.RESERVATION) == set(reserved)
-    assert deadlines.live(Due.QUARANTINE) == set(quarantined)
-    assert deadlines.live(Due.LEASE) == set(leases)
-    assert deadlines.live(Due.PRIVATE) == {i for i, b in sealed.items() if b.is_private}
+    state, named = blocks.state.values, set(blocks.named().tolist())
+    has_slot = np.flatnonzero(state != BlockState.ABSENT)
+    quarantined = [claim.offset for claim in reservations.quarantined.values()]
+    offsets = [*blocks.offset.values[has_slot].tolist(), *quarantined]
+    assert len(set(offsets)) == len(offsets), "a slot is owned twice"
+    assert set(offsets) == used_offsets, "a slot is leaked or used after it was freed"
+    in_index = has_slot[state[has_slot] != BlockState.DROPPED]
+    dropped = has_slot[state[has_slot] == BlockState.DROPPED]
+    assert set(in_index.tolist()) <= named, "a block with a slot has no name"
+    assert not set(dropped.tolist()) & named, "a dropped block has a name"
+    for row in named:
+        assert blocks.has_place(row) or blocks.is_parent(row), "a row was not let go"
+    memory.leaves.check(in_index)
+    claimed = {claim.row: claim.offset for claim in reservations.live.values()}
+    rows = np.flatnonzero(state == BlockState.RESERVED).tolist()
+    assert claimed == {row: blocks.offset.at[row] for row in rows}, "claims and rows disagree"
+    _check_holds(blocks, [*(lease.rows for lease in leases.live.values()), moving])
+    assert deadlines.live(Due.RESERVATION) == set(reservations.live)
+    assert deadlines.live(Due.QUARANTINE) == set(reservations.quarantined)
+    assert deadlines.live(Due.LEASE) == set(leases.live)
+    private = np.flatnonzero(blocks.is_private.values & (state == BlockState.SEALED))
+    sealed_by = blocks.reservation_id.values[private].tolist()
+    assert deadlines.live(Due.PRIVATE) == set(sealed_by)
+
+
+def _check_holds(blocks: Blocks, holders: Iterable[RowArray]) -> None:
+    num_holds = np.zeros_like(blocks.num_holds.values)
+    for rows in holders:
+        np.add.at(num_holds, rows, 1)
+    assert (num_holds == blocks.num_holds.values).all(), "holds are not those of leases and moves"
+    held = blocks.state.values[num_holds > 0]
+    assert np.isin(held, (BlockState.SEALED, BlockState.DROPPED)).all(), "an unsealed block is held"
+    is_dropped = blocks.state.values == BlockState.DROPPED
+    assert (num_holds[is_dropped] > 0).all(), "a dropped block is kept for nobody"

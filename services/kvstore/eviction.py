@@ -1,112 +1,122 @@
-"""Which block goes next: least recently used, unleased, leaves before parents.
+"""Which block of a tier goes next: least recently used, nobody's parent there, free to go.
 
-Owns the order of use and the parent relation; the index, told through a callback, drops the blocks.
+Owns the tier's numbers of children and its order of use; whoever owns the tier drops the blocks.
 """
 
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import Block, BlockState
+import numpy as np
+from numpy.typing import NDArray
 
-_SLACK = 1024
+from services.kvstore.blocks import Blocks
+from services.kvstore.rows import NOBODY, RowArray
+
+_ROW_BITS = 32
+_ROW_MASK = 2**_ROW_BITS - 1
+_PATIENCE = 1024  # stale entries that `peek` mends one by one before it sorts them all anew
+
+
+class Tier(Protocol):
+    """What eviction must know of a tier."""
+
+    def is_free(self, row: int) -> bool:
+        """Whether only its children may keep a block here."""
+        ...
+
+    def are_free(self, rows: RowArray) -> NDArray[np.bool_]:
+        """The same for many."""
+        ...
 
 
 class LruLeaves:
-    """Eviction order over the index's blocks.
+    """Eviction order over the blocks of one tier.
 
-    A parent edge is recorded only from a new block that nobody names as parent to a present one, so
-    edges never form a cycle and every unpinned block is reached.
+    Each candidate has one entry in a heap: when it was last used, as far as the heap knows. An
+    entry is mended when it comes up, so that using a block costs nothing here.
     """
 
-    def __init__(self, blocks: Mapping[bytes, Block], slots: SlotAllocator) -> None:
+    def __init__(self, blocks: Blocks, tier: Tier) -> None:
         self._blocks = blocks
-        self._slots = slots
-        self._num_children: dict[bytes, int] = {}  # by parent key, present or not
-        self._heap: list[tuple[int, int, Block]] = []  # (last_used, push, block), stale ones too
-        self._uses = itertools.count(1)
-        self._pushes = itertools.count()
+        self._tier = tier
+        self._num_children = blocks.children()
+        self._is_listed = blocks.column(np.bool_)
+        self._heap: list[int] = []  # last_used << _ROW_BITS | row
 
-    def add(self, block: Block, parent: bytes | None) -> None:
-        """Takes a new block; `parent` is the key before it in its chain."""
-        self.touch(block)
-        if parent is None or parent == block.key or block.key in self._num_children:
-            return
-        if parent in self._blocks:
-            block.parent = parent
-            self._num_children[parent] = self._num_children.get(parent, 0) + 1
+    def enter(self, row: int) -> None:
+        """Takes a block into the tier."""
+        parent = self._blocks.parent.at[row]
+        if parent != NOBODY:
+            self._num_children.at[parent] += 1
+        self.offer(row)
 
-    def remove(self, block: Block) -> None:
-        """Forgets a block that left the index; its parent may become a leaf."""
-        if block.parent is None:
+    def leave(self, row: int) -> None:
+        """Forgets a block that leaves the tier; its parent may become a leaf."""
+        parent = self._blocks.parent.at[row]
+        if parent == NOBODY:
             return
-        left = self._num_children[block.parent] - 1
-        if left:
-            self._num_children[block.parent] = left
-            return
-        del self._num_children[block.parent]
-        if parent := self._blocks.get(block.parent):
+        self._num_children.at[parent] -= 1
+        if not self._num_children.at[parent]:
             self.offer(parent)
+            self._blocks.let_go(parent)
 
-    def touch(self, block: Block) -> None:
-        """Marks a block as the most recently used."""
-        block.last_used = next(self._uses)
-        self.offer(block)
+    def offer(self, row: int) -> None:
+        """Lists a block if it is a candidate."""
+        if not self._is_listed.at[row] and self.is_candidate(row):
+            self._is_listed.at[row] = True
+            heapq.heappush(self._heap, self._blocks.last_used.at[row] << _ROW_BITS | row)
 
-    def offer(self, block: Block) -> None:
-        """Lists the block for eviction if nothing holds it."""
-        if not self.is_candidate(block):
-            return
-        heapq.heappush(self._heap, (block.last_used, next(self._pushes), block))
-        if len(self._heap) > 2 * len(self._blocks) + _SLACK:
-            candidates = filter(self.is_candidate, self._blocks.values())
-            self._heap = [(b.last_used, next(self._pushes), b) for b in candidates]
-            heapq.heapify(self._heap)
+    def offer_all(self, rows: RowArray) -> None:
+        """Lists those that are candidates."""
+        for row in rows[self._are_candidates(rows) & ~self._is_listed.values[rows]].tolist():
+            self.offer(row)
 
-    def peek(self) -> Block | None:
-        """The next victim; None when nothing is evictable."""
-        while self._heap:
-            last_used, _, block = self._heap[0]
-            if block.last_used == last_used and self.is_candidate(block):
-                return block
-            heapq.heappop(self._heap)
-        return None
+    def peek(self) -> int:
+        """The next victim; NOBODY when nothing may go."""
+        heap, last_used = self._heap, self._blocks.last_used.at
+        num_stale = 0
+        while heap:
+            row = heap[0] & _ROW_MASK
+            if not self.is_candidate(row):
+                heapq.heappop(heap)
+                self._is_listed.at[row] = False
+            elif last_used[row] == heap[0] >> _ROW_BITS:
+                return row
+            elif num_stale < _PATIENCE:
+                heapq.heapreplace(heap, last_used[row] << _ROW_BITS | row)
+            else:
+                self._sort()
+            num_stale += 1
+        return NOBODY
 
-    def make_room(self, num_bytes: int, drop: Callable[[Block], None]) -> int | None:
-        """Offset of a new slot, dropping victims as needed; drops none where none would help."""
-        checked = False
-        while (offset := self._slots.allocate(num_bytes)) is None:
-            victim = self.peek()
-            if victim is None:
-                return None
-            if not checked and victim.num_bytes != num_bytes:
-                unpinned = {b.offset for b in self._blocks.values() if is_unpinned(b)}
-                if not self._slots.could_fit(num_bytes, unpinned.__contains__):
-                    return None
-                checked = True
-            drop(victim)
-        return offset
+    def is_candidate(self, row: int) -> bool:
+        """Whether a block may go now."""
+        return not self._num_children.at[row] and self._tier.is_free(row)
 
-    def is_candidate(self, block: Block) -> bool:
-        """Sealed, unleased, not private, and no present block has it as parent."""
-        return is_unpinned(block) and block.key not in self._num_children
+    def check(self, members: RowArray) -> None:
+        """Asserts that child counts are right and that every candidate is listed, once."""
+        num_children = np.bincount(
+            self._blocks.parent.values[members], minlength=len(self._num_children.values)
+        )
+        num_children[NOBODY] = 0
+        assert (num_children == self._num_children.values).all(), "child counts are wrong"
+        listed = [entry & _ROW_MASK for entry in self._heap]
+        assert sorted(listed) == np.flatnonzero(self._is_listed.values).tolist()
+        candidates = members[self._are_candidates(members)]
+        assert candidates.tolist() == [r for r in members.tolist() if self.is_candidate(r)]
+        assert set(candidates.tolist()) <= set(listed), "an evictable block is not listed"
+        for entry in self._heap:
+            assert entry >> _ROW_BITS <= self._blocks.last_used.at[entry & _ROW_MASK]
 
-    def check(self) -> None:
-        """Asserts that child counts are right and that every candidate is listed."""
-        num_children: dict[bytes, int] = {}
-        for block in self._blocks.values():
-            if block.parent is not None:
-                num_children[block.parent] = num_children.get(block.parent, 0) + 1
-        assert num_children == self._num_children, "child counts differ from the blocks"
-        listed = {(last_used, id(block)) for last_used, _, block in self._heap}
-        for block in self._blocks.values():
-            if self.is_candidate(block):
-                assert (block.last_used, id(block)) in listed, "an evictable block is not listed"
+    def _are_candidates(self, rows: RowArray) -> NDArray[np.bool_]:
+        return (self._num_children.values[rows] == 0) & self._tier.are_free(rows)
 
-
-def is_unpinned(block: Block) -> bool:
-    """Whether only descendants may keep the block from eviction."""
-    return block.state is BlockState.SEALED and not block.is_private and not block.num_leases
+    def _sort(self) -> None:
+        """Brings all entries up to date; a sorted list is a heap."""
+        rows = np.array([entry & _ROW_MASK for entry in self._heap])
+        order = np.argsort(self._blocks.last_used.values[rows])
+        uses = self._blocks.last_used.values[rows[order]].tolist()
+        pairs = zip(uses, rows[order].tolist(), strict=True)
+        self._heap[:] = [used << _ROW_BITS | row for used, row in pairs]

@@ -1,11 +1,9 @@
 """The books of the store: which block is where, who may write it, who reads it, when that ends.
 
-Owns every state change of a block. Pure: no I/O, no tasks; time comes from the injected clock. Runs
-on the event loop only. Nothing unsealed is handed to a reader; a slot has one owner at a time.
-
-A reservation that expires leaves the index and its slot is quarantined: its writer may still write.
-The slot is freed when the writer acknowledges, when its incarnation is disconnected, or after
-`quarantine_s`, when the writer is presumed dead.
+Owns the deadlines of all promises and the order in which a block leaves its books; the books are
+reservations.py (writers), leases.py (readers), memory.py and disk.py (places). Pure: no I/O, no
+tasks; time comes from the injected clock. Runs on the event loop only. Nothing unsealed is handed
+to a reader; a slot has one owner at a time.
 """
 
 from __future__ import annotations
@@ -13,28 +11,32 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import (
-    Block,
     BlockState,
+    DiskState,
     IndexCounts,
-    Lease,
     Leased,
-    LeasedBlock,
     LeaseOutcome,
     Reserved,
-    ReserveOutcome,
 )
+from services.kvstore.blocks import Blocks
 from services.kvstore.books import check_books
-from services.kvstore.eviction import LruLeaves
+from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
+from services.kvstore.leases import Leases
+from services.kvstore.memory import MemoryTier
+from services.kvstore.reservations import Reservations
+from services.kvstore.rows import NOBODY
 
 
 class BlockIndex:
-    """Blocks by key, reservations, leases and quarantined slots over one slot allocator.
+    """Blocks by key, with reservations and leases, over one slot allocator.
 
     Args: `clock` is monotonic, in seconds; `first_id` starts the ids, so that two lives of a store
-    need not share any; `private_ttl_s` counts from Seal.
+    need not share any; `private_ttl_s` counts from Seal; `disk_num_bytes` 0 is no disk.
     """
 
     def __init__(
@@ -45,21 +47,26 @@ class BlockIndex:
         private_ttl_s: float = 120.0,
         quarantine_s: float = 120.0,
         first_id: int = 1,
+        disk_num_bytes: int = 0,
     ) -> None:
         self._slots = slots
         self._clock = clock
-        self._private_ttl_s = private_ttl_s
-        self._quarantine_s = quarantine_s
         self._ids = itertools.count(first_id)
-        self._blocks: dict[bytes, Block] = {}  # RESERVED and SEALED
-        self._reserved: dict[int, Block] = {}  # by reservation id
-        self._sealed: dict[int, Block] = {}  # by the reservation id that sealed it
-        self._quarantined: dict[int, Block] = {}
-        self._dropped: set[Block] = set()  # leased still
-        self._leases: dict[int, Lease] = {}
-        self._num_private = 0
         self._deadlines = Deadlines()
-        self._leaves = LruLeaves(self._blocks, slots)
+        self._blocks = Blocks()
+        self._memory = MemoryTier(self._blocks, slots)
+        self.disk = DiskTier(self._blocks, self._memory, disk_num_bytes)
+        self._leases = Leases(self._blocks, self._memory)
+        self._reservations = Reservations(
+            blocks=self._blocks,
+            slots=slots,
+            memory=self._memory,
+            disk=self.disk,
+            deadlines=self._deadlines,
+            ids=self._ids,
+            quarantine_s=quarantine_s,
+            private_ttl_s=private_ttl_s,
+        )
 
     def reserve(
         self,
@@ -72,71 +79,38 @@ class BlockIndex:
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         self.expire()
-        answers: list[Reserved] = []
-        parent: bytes | None = None
-        full = False
-        for key in keys:
-            block = self._blocks.get(key)
-            if block is not None:
-                answers.append(self._existing(block))
-            elif full or (offset := self._leaves.make_room(num_bytes, self._drop)) is None:
-                full = True
-                answers.append(Reserved(outcome=ReserveOutcome.FULL))
-            else:
-                block = Block(
-                    key=key,
-                    offset=offset,
-                    num_bytes=num_bytes,
-                    owner=owner,
-                    reservation_id=next(self._ids),
-                    is_private=is_private,
-                )
-                answers.append(self._admit(block, None if is_private else parent, ttl_s))
-            parent = key
-        return answers
+        deadline = self._clock() + ttl_s
+        return self._reservations.reserve(owner, keys, num_bytes, deadline, is_private)
 
     def seal(
         self, owner: str, reservation_ids: Sequence[int], digests: Sequence[int]
     ) -> list[bool]:
         """Seals written blocks; False where expired, unknown or another's. May be repeated."""
         self.expire()
+        now, seal = self._clock(), self._reservations.seal
         pairs = zip(reservation_ids, digests, strict=True)
-        return [self._seal(owner, number, digest) for number, digest in pairs]
+        return [seal(owner, number, digest, now) for number, digest in pairs]
 
     def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
         """Frees slots, reserved or quarantined, that their writer will never touch again."""
         self.expire()
-        num_freed = 0
-        for number in reservation_ids:
-            block = self._reserved.get(number) or self._quarantined.get(number)
-            if block and block.owner == owner:
-                self._free_unsealed(block)
-                num_freed += 1
-        return num_freed
+        return self._reservations.acknowledge(owner, reservation_ids)
 
     def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
-        """Leases the longest sealed prefix of the keys and marks it as used."""
+        """Leases the longest sealed prefix of the keys in memory and marks it as used."""
         self.expire()
-        found: list[Block] = []
-        for key in keys:
-            block = self._blocks.get(key)
-            if block is None or not block.is_readable_as(num_bytes):
-                break
-            found.append(block)
-        if not found:
-            return Leased(lease_id=0, blocks=())
-        for block in reversed(found):  # a parent is more recent than its children
-            block.num_leases += 1
-            self._leaves.touch(block)
-        lease_id = next(self._ids)
-        self._leases[lease_id] = Lease(owner=owner, blocks=tuple(found))
-        self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
-        return Leased(lease_id=lease_id, blocks=tuple(map(LeasedBlock.of, found)))
+        rows = self._leases.sealed_prefix(keys, num_bytes)
+        lease_id = 0
+        if len(rows):
+            lease_id = next(self._ids)
+            self._leases.begin(lease_id, owner, rows)
+            self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
+        return self._leases.leased(lease_id, rows, num_bytes)
 
     def release(self, owner: str, lease_id: int) -> LeaseOutcome:
         """Ends a lease and drops its private blocks; EXPIRED when ended, unknown or another's."""
         self.expire()
-        lease = self._leases.get(lease_id)
+        lease = self._leases.live.get(lease_id)
         if lease and lease.owner == owner:
             self._end_lease(lease_id)
             return LeaseOutcome.HELD
@@ -144,29 +118,28 @@ class BlockIndex:
 
     def drop_corrupt(self, keys: Iterable[bytes]) -> int:
         """Drops sealed blocks whose bytes a reader found wrong; returns how many."""
-        return self._drop_sealed(keys, lambda block: True)
+        return self._drop_sealed(keys, only_private=False)
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Drops sealed private blocks that nobody will read; returns how many."""
-        return self._drop_sealed(keys, lambda block: block.is_private)
+        return self._drop_sealed(keys, only_private=True)
 
     def evict(self, num_blocks: int) -> int:
-        """Drops up to num_blocks by the eviction order; returns how many."""
+        """Takes up to num_blocks out of memory by the eviction order; returns how many."""
         self.expire()
         for num_evicted in range(num_blocks):
-            victim = self._leaves.peek()
-            if victim is None:
+            victim = self._memory.leaves.peek()
+            if victim == NOBODY:
                 return num_evicted
-            self._drop(victim)
+            self._memory.evict(victim)
         return num_blocks
 
     def disconnect(self, owner: str) -> None:
         """Frees everything of an incarnation that is known to be gone."""
         self.expire()
-        for block in [*self._reserved.values(), *self._quarantined.values()]:
-            if block.owner == owner:
-                self._free_unsealed(block)
-        for lease_id in [i for i, lease in self._leases.items() if lease.owner == owner]:
+        for number in self._reservations.of_owner(owner):
+            self._reservations.end(number)
+        for lease_id in self._leases.of_owner(owner):
             self._end_lease(lease_id)
 
     def expire(self) -> None:
@@ -174,126 +147,63 @@ class BlockIndex:
         now = self._clock()
         for kind, number in self._deadlines.pop_due(now):
             if kind is Due.RESERVATION:
-                self._quarantine(self._reserved.pop(number), now)
+                self._reservations.quarantine(number, now)
             elif kind is Due.LEASE:
                 self._end_lease(number)
             elif kind is Due.QUARANTINE:
-                self._free_unsealed(self._quarantined[number])
+                self._reservations.end(number)
             else:
-                self._drop(self._sealed[number])
+                self._drop(self._reservations.row_of(number))
 
     def counts(self) -> IndexCounts:
         """Present numbers, without expiring anything."""
+        blocks = self._blocks
+        num_by_state = np.bincount(blocks.state.values, minlength=len(BlockState)).tolist()
         return IndexCounts(
-            num_sealed=len(self._sealed),
-            num_reserved=len(self._reserved),
-            num_private=self._num_private,
-            num_quarantined=len(self._quarantined),
-            num_dropped=len(self._dropped),
-            num_leases=len(self._leases),
+            num_sealed=num_by_state[BlockState.SEALED],
+            num_reserved=num_by_state[BlockState.RESERVED],
+            num_private=int(np.count_nonzero(blocks.is_private.values)),
+            num_quarantined=len(self._reservations.quarantined),
+            num_dropped=num_by_state[BlockState.DROPPED],
+            num_leases=len(self._leases.live),
+            num_promoting=num_by_state[BlockState.PROMOTING],
+            num_on_disk=int(np.count_nonzero(blocks.disk.values == DiskState.PRESENT)),
+            disk_num_bytes=self.disk.num_bytes,
         )
 
     def check(self) -> None:
         """Asserts that every slot has one owner and that all books agree."""
         self._slots.check()
-        self._leaves.check()
+        self._blocks.check()
+        self.disk.check()
         check_books(
             blocks=self._blocks,
-            reserved=self._reserved,
-            sealed=self._sealed,
-            quarantined=self._quarantined,
-            dropped=self._dropped,
+            memory=self._memory,
+            reservations=self._reservations,
             leases=self._leases,
+            moving=self.disk.held_rows(),
             deadlines=self._deadlines,
             used_offsets=self._slots.used_offsets,
         )
-        assert self._num_private == sum(block.is_private for block in self._blocks.values())
 
-    def _existing(self, block: Block) -> Reserved:
-        if block.state is BlockState.RESERVED:
-            return Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
-        self._leaves.touch(block)
-        return Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
+    def _drop(self, row: int) -> None:
+        """Takes a sealed block out of every place and book."""
+        self._deadlines.cancel(Due.PRIVATE, self._blocks.reservation_id.at[row])
+        self.disk.forget(row)
+        self._memory.drop(row)
 
-    def _admit(self, block: Block, parent: bytes | None, ttl_s: float) -> Reserved:
-        self._leaves.add(block, parent)
-        self._blocks[block.key] = block
-        self._reserved[block.reservation_id] = block
-        self._num_private += block.is_private
-        self._deadlines.set(Due.RESERVATION, block.reservation_id, self._clock() + ttl_s)
-        return Reserved(
-            outcome=ReserveOutcome.RESERVED,
-            reservation_id=block.reservation_id,
-            offset=block.offset,
-        )
-
-    def _seal(self, owner: str, number: int, digest: int) -> bool:
-        done = self._sealed.get(number)
-        if done is not None:
-            return done.owner == owner and done.digest == digest
-        block = self._reserved.get(number)
-        if block is None or block.owner != owner:
-            return False
-        del self._reserved[number]
-        self._deadlines.cancel(Due.RESERVATION, number)
-        block.state, block.digest = BlockState.SEALED, digest
-        self._sealed[number] = block
-        self._leaves.touch(block)
-        if block.is_private:
-            self._deadlines.set(Due.PRIVATE, number, self._clock() + self._private_ttl_s)
-        return True
-
-    def _unlist(self, block: Block) -> None:
-        del self._blocks[block.key]
-        self._num_private -= block.is_private
-        self._leaves.remove(block)
-
-    def _quarantine(self, block: Block, now: float) -> None:
-        self._unlist(block)
-        block.state = BlockState.QUARANTINED
-        self._quarantined[block.reservation_id] = block
-        self._deadlines.set(Due.QUARANTINE, block.reservation_id, now + self._quarantine_s)
-
-    def _free_unsealed(self, block: Block) -> None:
-        number = block.reservation_id
-        if block.state is BlockState.RESERVED:
-            del self._reserved[number]
-            self._unlist(block)
-        else:
-            del self._quarantined[number]
-        self._deadlines.cancel(Due.RESERVATION, number)
-        self._deadlines.cancel(Due.QUARANTINE, number)
-        self._slots.free(block.offset)
-
-    def _drop(self, block: Block) -> None:
-        del self._sealed[block.reservation_id]
-        self._unlist(block)
-        self._deadlines.cancel(Due.PRIVATE, block.reservation_id)
-        block.state = BlockState.DROPPED
-        if block.num_leases:
-            self._dropped.add(block)
-        else:
-            self._slots.free(block.offset)
-
-    def _drop_sealed(self, keys: Iterable[bytes], accept: Callable[[Block], bool]) -> int:
+    def _drop_sealed(self, keys: Iterable[bytes], *, only_private: bool) -> int:
         self.expire()
         num_dropped = 0
         for key in keys:
-            block = self._blocks.get(key)
-            if block and block.state is BlockState.SEALED and accept(block):
-                self._drop(block)
+            row = self._blocks.row_of(key)
+            is_sealed = self._blocks.state.at[row] == BlockState.SEALED
+            if is_sealed and (self._blocks.is_private.at[row] or not only_private):
+                self._drop(row)
                 num_dropped += 1
         return num_dropped
 
     def _end_lease(self, lease_id: int) -> None:
-        lease = self._leases.pop(lease_id)
         self._deadlines.cancel(Due.LEASE, lease_id)
-        for block in lease.blocks:
-            block.num_leases -= 1
-            if block.state is BlockState.SEALED and block.is_private:
-                self._drop(block)
-            elif block.state is BlockState.SEALED:
-                self._leaves.offer(block)
-            elif not block.num_leases:
-                self._dropped.remove(block)
-                self._slots.free(block.offset)
+        for row in self._leases.end(lease_id):
+            self._drop(row)

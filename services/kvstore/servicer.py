@@ -1,6 +1,7 @@
 """KvStoreService: the wire's side of the block index.
 
 Owns validation and translation; every decision is the index's. Bytes never pass through here.
+Handlers run on the event loop; only a Lookup of blocks that are on disk waits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from kv.transfer import Agent
 from mesh.errors import FailedPrecondition, Unavailable
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2, kvstore_pb2_grpc
-from services.kvstore.block import LeaseOutcome, Reserved, ReserveOutcome
+from services.kvstore.block import Leased, LeaseOutcome, Reserved, ReserveOutcome
 from services.kvstore.callers import CallerTable
 from services.kvstore.index import BlockIndex
+from services.kvstore.mover import Mover
 from services.kvstore.validation import (
     check_count,
     check_keys,
@@ -22,7 +24,10 @@ from services.kvstore.validation import (
     check_present,
     check_same_len,
     check_ttl,
+    check_wait,
 )
+
+DEFAULT_WAIT_S = 1.0
 
 _OUTCOMES = {
     ReserveOutcome.RESERVED: kvstore_pb2.Reservation.OUTCOME_RESERVED,
@@ -43,7 +48,7 @@ class Transfer(Protocol):
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """Handlers over one index and one arena. All run on the event loop without awaiting."""
+    """Handlers over one index and one arena, and over a disk if there is a mover."""
 
     def __init__(
         self,
@@ -52,8 +57,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         callers: CallerTable,
         transfer: Transfer,
         telemetry: Telemetry,
+        mover: Mover | None = None,
     ) -> None:
         self._index = index
+        self._mover = mover
         self._callers = callers
         self._agent = transfer.agent
         self._telemetry = telemetry
@@ -109,6 +116,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         check_same_len("digests", request.digests, "reservation_ids", request.reservation_ids)
         self._callers.require(request.incarnation)
         sealed = self._index.seal(request.incarnation, request.reservation_ids, request.digests)
+        self._wake()
         return kvstore_pb2.SealResponse(sealed=sealed)
 
     async def Acknowledge(  # noqa: N802 - gRPC method name
@@ -126,11 +134,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         check_keys("keys", request.keys)
         check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
         check_ttl(request.ttl_s)
+        max_wait_s = request.max_wait_s if request.HasField("max_wait_s") else DEFAULT_WAIT_S
+        check_wait(max_wait_s)
         self._callers.require(request.incarnation)
         self._check_open()
-        leased = self._index.lookup(
-            request.incarnation, request.keys, request.num_bytes, ttl_s=request.ttl_s
-        )
+        leased = await self._look_up(request, max_wait_s)
         blocks = [
             kvstore_pb2.LeasedBlock(
                 slot=kvstore_pb2.Slot(offset=block.offset, num_bytes=block.num_bytes),
@@ -149,6 +157,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if num_dropped := self._index.drop_corrupt(request.corrupt_keys):
             failures = self._telemetry.instruments.kv_verify_failures
             failures.add(num_dropped, {"reason": "reported_corrupt"})
+            self._wake()
         held = outcome is LeaseOutcome.HELD
         kinds = kvstore_pb2.ReleaseResponse
         return kinds(outcome=kinds.OUTCOME_HELD if held else kinds.OUTCOME_EXPIRED)
@@ -159,6 +168,19 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Drops private blocks."""
         check_keys("keys", request.keys)
         return kvstore_pb2.DiscardResponse(num_dropped=self._index.discard(request.keys))
+
+    async def _look_up(self, request: kvstore_pb2.LookupRequest, max_wait_s: float) -> Leased:
+        owner, keys, num_bytes = request.incarnation, request.keys, request.num_bytes
+        if self._mover is None:
+            return self._index.lookup(owner, keys, num_bytes, ttl_s=request.ttl_s)
+        return await self._mover.lookup(
+            owner, keys, num_bytes, ttl_s=request.ttl_s, max_wait_s=max_wait_s
+        )
+
+    def _wake(self) -> None:
+        """Blocks were sealed or dropped: there may be something to move."""
+        if self._mover is not None:
+            self._mover.wake()
 
     def _report_size(self, num_bytes: int) -> None:
         """Says once that a worker's block is larger than the arena: workers only recompute."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from mesh.settings import ServiceSettings, parse_bytes, setting
 
@@ -21,6 +22,13 @@ class KvStoreSettings(ServiceSettings):
         choices=("cpu", "cuda"),
     )
     kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
+    disk_dir: Path | None = setting(
+        None,
+        group="memory",
+        help="directory of this store's own, for blocks that DRAM has no room for; it may hold "
+        "those of a former life",
+    )
+    disk_bytes: str = setting("1GiB", group="memory", help="most bytes in --disk-dir")
     private_ttl_s: float = setting(
         120.0, group="lifetimes", help="seconds a private block waits for its reader", minimum=1
     )
@@ -34,13 +42,27 @@ class KvStoreSettings(ServiceSettings):
         1.0, group="lifetimes", help="seconds between sweeps of what has expired", minimum=0.01
     )
 
+    def __post_init__(self) -> None:
+        """ValueError for flags that do not go together."""
+        if self.disk_dir is not None and self.device != "cpu":
+            raise ValueError(f"--disk-dir {self.disk_dir}: needs --device cpu, not {self.device}")
+
     @property
     def arena_num_bytes(self) -> int:
         """`kv_bytes` as a number; ValueError names the flag, the value and the limit."""
-        try:
-            num_bytes = parse_bytes(self.kv_bytes)
-        except ValueError as error:
-            raise ValueError(f"--kv-bytes: {error}") from error
-        if num_bytes < 1:
-            raise ValueError(f"--kv-bytes: {self.kv_bytes!r} is below the least value, 1 byte")
-        return num_bytes
+        return _num_bytes("--kv-bytes", self.kv_bytes)
+
+    @property
+    def disk_num_bytes(self) -> int:
+        """`disk_bytes` as a number, 0 without a directory; ValueError as above."""
+        return 0 if self.disk_dir is None else _num_bytes("--disk-bytes", self.disk_bytes)
+
+
+def _num_bytes(flag: str, text: str) -> int:
+    try:
+        num_bytes = parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
+    if num_bytes < 1:
+        raise ValueError(f"{flag}: {text!r} is below the least value, 1 byte")
+    return num_bytes

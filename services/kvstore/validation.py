@@ -12,6 +12,7 @@ from mesh.errors import invalid
 KEY_NUM_BYTES = 32
 MAX_NUM_KEYS = 4096
 MAX_TTL_S = 300.0
+MAX_WAIT_S = 60.0
 
 
 def check_keys(field: str, keys: Sequence[bytes]) -> None:
@@ -38,6 +39,12 @@ def check_ttl(ttl_s: float) -> None:
     """In (0, 300]; NaN is not."""
     if not 0 < ttl_s <= MAX_TTL_S:
         raise invalid("ttl_s", f"{ttl_s}; must be above 0 and at most {MAX_TTL_S:g} seconds")
+
+
+def check_wait(max_wait_s: float) -> None:
+    """In [0, 60]; NaN is not."""
+    if not 0 <= max_wait_s <= MAX_WAIT_S:
+        raise invalid("max_wait_s", f"{max_wait_s}; must be 0 to {MAX_WAIT_S:g} seconds")
 
 
 def check_same_len(

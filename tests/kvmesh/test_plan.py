@@ -106,6 +106,9 @@ def test_a_taken_port_is_named(model: Path) -> None:
         ({"kv_bytes": "lots"}, "--kv-bytes.*lots"),
         ({"kv_bytes": "0"}, "--kv-bytes 0.*at least 1 byte"),
         ({"store_bytes": "9" * 400}, "--store-bytes: .999.*greatest size"),
+        ({"store_disk_bytes": "much"}, "--store-disk-bytes.*much"),
+        ({"store_disk": Path(__file__)}, "--store-disk .*test_plan.py: not a directory"),
+        ({"store_disk": Path("/x"), "device": "cuda"}, "--store-disk /x: needs --device cpu"),
         ({"port": 70000}, "--port 70000: ports are 1 to 65535"),
         ({"port": -1}, "--port -1"),
         ({"admin_port": 70000}, "--admin-port 70000: ports are 1 to 65535"),
@@ -181,6 +184,16 @@ def test_sizes_of_the_workers_reach_them_and_defaults_stay_theirs(model: Path) -
         assert flag(spec.flags, "--block-tokens") == "16"
         assert flag(spec.flags, "--max-batch") == "1"
         assert "--chunk-tokens" not in spec.flags
+
+
+def test_every_store_gets_a_directory_of_its_own(model: Path) -> None:
+    plan = plan_mesh(MeshOptions(model=model, port=0, num_kvstore=2, store_disk=Path("/d")))
+    assert [flag(spec.flags, "--disk-dir") for spec in plan.kvstores] == [
+        "/d/kvstore-0",
+        "/d/kvstore-1",
+    ]
+    assert all(flag(spec.flags, "--disk-bytes") == "1GiB" for spec in plan.kvstores)
+    assert all("--disk-dir" not in spec.flags for spec in wide(model).kvstores)
 
 
 def test_the_load_format_reaches_every_worker_and_no_other(model: Path) -> None:

@@ -1,67 +1,11 @@
-"""The index: reservations, leases, expiry, eviction order, private and corrupt blocks."""
+"""The index: reservations, leases, expiry, private and corrupt blocks."""
 
 from __future__ import annotations
 
-import pytest
+from services.kvstore.block import LeaseOutcome
+from tests.services.kvstore.small_store import SIZE, Store, outcomes
 
-from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import LeaseOutcome, Reserved, ReserveOutcome
-from services.kvstore.index import BlockIndex
-
-SIZE = 4096
 HELD, EXPIRED = LeaseOutcome.HELD, LeaseOutcome.EXPIRED
-
-
-class Clock:
-    """A clock that tests turn by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Store:
-    """An index of a few slots, with short words for long sequences; checks after each of them."""
-
-    def __init__(self, num_slots: int = 4) -> None:
-        self.clock = Clock()
-        self.slots = SlotAllocator(num_slots * SIZE)
-        self.index = BlockIndex(self.slots, clock=self.clock)
-
-    def reserve(
-        self, keys: str, *, owner: str = "w", ttl_s: float = 10, private: bool = False
-    ) -> list[Reserved]:
-        answers = self.index.reserve(
-            owner, [key.encode() for key in keys], SIZE, ttl_s=ttl_s, is_private=private
-        )
-        self.index.check()
-        return answers
-
-    def put(self, keys: str, *, private: bool = False) -> list[int]:
-        ids = [answer.reservation_id for answer in self.reserve(keys, private=private)]
-        assert self.index.seal("w", ids, range(len(ids))) == [True] * len(ids)
-        self.index.check()
-        return ids
-
-    def lookup(self, keys: str, *, ttl_s: float = 10) -> tuple[int, int]:
-        leased = self.index.lookup("r", [key.encode() for key in keys], SIZE, ttl_s=ttl_s)
-        self.index.check()
-        return leased.lease_id, len(leased.blocks)
-
-    def release(self, lease_id: int) -> LeaseOutcome:
-        outcome = self.index.release("r", lease_id)
-        self.index.check()
-        return outcome
-
-    def sealed(self, keys: str) -> str:
-        """Those of the keys that are sealed, without touching their order of use."""
-        return "".join(k for k in keys if self.index._blocks.get(k.encode()) is not None)
-
-
-def outcomes(answers: list[Reserved]) -> list[str]:
-    return [answer.outcome.name for answer in answers]
 
 
 def test_reserve_seal_lookup_release() -> None:
@@ -166,64 +110,6 @@ def test_a_foreign_release_does_not_end_the_lease() -> None:
     assert store.release(lease) is HELD
 
 
-def test_leaves_go_before_parents_and_old_before_new() -> None:
-    store = Store(num_slots=4)
-    store.put("ab")
-    store.put("xy")
-    store.put("c")
-    assert store.sealed("abxyc") == "axyc"
-    store.put("d")
-    assert store.sealed("axycd") == "xycd"
-
-
-def test_lookup_refreshes_the_order_of_use() -> None:
-    store = Store(num_slots=2)
-    store.put("a")
-    store.put("b")
-    store.release(store.lookup("a")[0])
-    store.put("c")
-    assert store.sealed("abc") == "ac"
-
-
-def test_the_end_of_a_looked_up_chain_goes_before_its_start() -> None:
-    store = Store(num_slots=2)
-    store.put("a")
-    store.put("b")
-    store.release(store.lookup("ab")[0])
-    assert store.index.evict(1) == 1
-    assert store.sealed("ab") == "a"
-
-
-def test_a_full_store_of_leased_blocks_refuses() -> None:
-    store = Store(num_slots=2)
-    store.put("ab")
-    lease, _ = store.lookup("ab")
-    assert outcomes(store.reserve("cd")) == ["FULL", "FULL"]
-    store.release(lease)
-    assert outcomes(store.reserve("cd")) == ["RESERVED", "RESERVED"]
-
-
-def test_a_chain_does_not_evict_its_own_prefix() -> None:
-    store = Store(num_slots=3)
-    store.put("ab")
-    assert outcomes(store.reserve("abcd")) == [
-        "ALREADY_SEALED",
-        "ALREADY_SEALED",
-        "RESERVED",
-        "FULL",
-    ]
-
-
-def test_parent_edges_never_form_a_cycle() -> None:
-    store = Store(num_slots=2)
-    store.put("ab")
-    store.index.drop_corrupt([b"a"])
-    (_, a) = store.reserve("ba")
-    store.index.seal("w", [a.reservation_id], [0])
-    assert store.index.evict(2) == 2
-    store.index.check()
-
-
 def test_a_dropped_block_keeps_its_slot_while_leased() -> None:
     store = Store(num_slots=1)
     store.put("a")
@@ -281,19 +167,3 @@ def test_discard_drops_private_blocks_only() -> None:
     store.put("p", private=True)
     assert store.index.discard([b"a", b"p", b"q"]) == 1
     assert store.sealed("ap") == "a"
-
-
-@pytest.mark.parametrize("pin", [False, True])
-def test_another_block_size_takes_over_only_if_it_can(pin: bool) -> None:
-    store = Store(num_slots=4)
-    store.put("a")
-    store.put("b")
-    store.put("c")
-    store.put("d")
-    if pin:
-        for key in "bc":
-            store.lookup(key)
-    answers = store.index.reserve("w", [b"BIG"], 3 * SIZE, ttl_s=10)
-    store.index.check()
-    assert answers[0].outcome is (ReserveOutcome.FULL if pin else ReserveOutcome.RESERVED)
-    assert store.sealed("abcd") == ("abcd" if pin else "d")

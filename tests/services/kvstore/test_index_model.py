@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import LeaseOutcome, ReserveOutcome
+from services.kvstore.block import BlockState, LeaseOutcome, ReserveOutcome
 from services.kvstore.index import BlockIndex
 
 SIZE = 4096
@@ -237,9 +237,15 @@ class IndexMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         self.index.check()
         counts, model = self.index.counts(), self.model
-        blocks = self.index._blocks.values()
-        assert {(b.key, b.offset, b.state.name.lower()) for b in blocks} == {
-            (h.key, h.offset, h.state) for h in model.held if h.state in ("reserved", "sealed")
+        blocks = self.index._blocks
+        assert {
+            (blocks.name_of(row)[:1], blocks.offset.at[row], BlockState(blocks.state.at[row]))
+            for row in blocks.named().tolist()
+            if blocks.state.at[row]
+        } == {
+            (h.key, h.offset, BlockState[h.state.upper()])
+            for h in model.held
+            if h.state in ("reserved", "sealed")
         }
         assert counts.num_reserved == model.count("reserved")
         assert counts.num_sealed == model.count("sealed")

@@ -16,6 +16,7 @@ import pytest
 from mesh.process import StartupError
 from protos import kvstore_pb2, kvstore_pb2_grpc, status_pb2, status_pb2_grpc
 from services.kvstore.__main__ import KvStore
+from services.kvstore.disk_files import DiskFiles
 from services.kvstore.settings import KvStoreSettings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -33,17 +34,33 @@ def test_the_process_never_imports_tensors() -> None:
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def refusal(kv_bytes: str) -> str:
+def refusal(kv_bytes: str, *flags: str) -> str:
     """What a store that cannot start prints."""
-    command = [sys.executable, "-m", "services.kvstore", "--kv-bytes", kv_bytes]
+    command = [sys.executable, "-m", "services.kvstore", "--kv-bytes", kv_bytes, *flags]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
+    assert result.returncode in (1, 2)
     return result.stderr
 
 
 def test_a_bad_size_is_named() -> None:
     errors = refusal("many")
     assert "--kv-bytes: 'many'" in errors and "Traceback" not in errors
+
+
+def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("")
+    assert f"--disk-dir {path}: " in refusal("1MiB", "--disk-dir", str(path))
+    bad = refusal("1MiB", "--disk-dir", str(tmp_path), "--disk-bytes", "much")
+    assert "--disk-bytes: 'much'" in bad and "Traceback" not in bad
+    other = refusal("1MiB", "--disk-dir", str(tmp_path), "--device", "cuda")
+    assert "needs --device cpu" in other
+
+
+def test_a_directory_in_use_is_named(tmp_path: Path) -> None:
+    files = DiskFiles(tmp_path)
+    assert "another kvstore uses this directory" in refusal("1MiB", "--disk-dir", str(tmp_path))
+    files.close()
 
 
 @pytest.mark.parametrize("kv_bytes", ["999TiB", "9999TB"])

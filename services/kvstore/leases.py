@@ -1,0 +1,64 @@
+"""What readers were promised: that the blocks of a lease stay where they are while it lives.
+
+Owns leases; which blocks are found is decided here, how long a lease lives is the index's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.kvstore.block import BlockState, Leased
+from services.kvstore.blocks import Blocks
+from services.kvstore.memory import MemoryTier
+from services.kvstore.rows import RowArray, leading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lease:
+    """Blocks whose slots are not reused while it lives."""
+
+    owner: str
+    rows: RowArray
+
+
+class Leases:
+    """Leases by id."""
+
+    def __init__(self, blocks: Blocks, memory: MemoryTier) -> None:
+        self._blocks = blocks
+        self._memory = memory
+        self.live: dict[int, Lease] = {}
+
+    def sealed_prefix(self, keys: Sequence[bytes], num_bytes: int) -> RowArray:
+        """The leading blocks of the keys that can be read in memory now."""
+        blocks, rows = self._blocks, self._blocks.find(keys)
+        is_readable = blocks.state.values[rows] == BlockState.SEALED
+        is_readable &= blocks.num_bytes.values[rows] == num_bytes
+        return leading(rows, is_readable)
+
+    def begin(self, lease_id: int, owner: str, rows: RowArray) -> None:
+        """Lends blocks out and marks them as used."""
+        self._memory.hold(rows)
+        self._blocks.touch_chain(rows)
+        self.live[lease_id] = Lease(owner=owner, rows=rows)
+
+    def leased(self, lease_id: int, rows: RowArray, num_bytes: int) -> Leased:
+        """What a reader is told."""
+        return Leased(
+            lease_id=lease_id,
+            num_bytes=num_bytes,
+            offsets=self._blocks.offset.values[rows],
+            digests=self._blocks.digest.values[rows],
+        )
+
+    def end(self, lease_id: int) -> list[int]:
+        """Takes the hold away; returns rows of private blocks, which go with whoever read them."""
+        rows = self.live.pop(lease_id).rows
+        is_private = self._blocks.is_private.values[rows]
+        self._memory.unhold(rows)
+        return list(dict.fromkeys(rows[is_private].tolist()))
+
+    def of_owner(self, owner: str) -> list[int]:
+        """Ids of all leases of an owner."""
+        return [lease_id for lease_id, lease in self.live.items() if lease.owner == owner]

@@ -1,0 +1,108 @@
+"""Blocks in the arena: who has which slot, what holds it there, who goes when room is needed.
+
+Owns every slot of a block with a key, and of dropped blocks until the last hold ends. Never touches
+bytes, never knows what lies on disk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.kvstore.arena import SlotAllocator
+from services.kvstore.block import BlockState
+from services.kvstore.blocks import Blocks
+from services.kvstore.eviction import LruLeaves
+from services.kvstore.rows import NOBODY, RowArray
+
+
+class MemoryTier:
+    """The tier that writers write into and readers read from."""
+
+    def __init__(self, blocks: Blocks, slots: SlotAllocator) -> None:
+        self._blocks = blocks
+        self._slots = slots
+        self.leaves = LruLeaves(blocks, self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the arena."""
+        return self._slots.num_bytes
+
+    def take(self, num_bytes: int) -> int | None:
+        """Offset of a free slot, evicting as needed; evicts nothing where that would not help."""
+        is_worthwhile = False
+        while (offset := self._slots.allocate(num_bytes)) is None:
+            victim = self.leaves.peek()
+            if victim == NOBODY:
+                return None
+            if not is_worthwhile and self._blocks.num_bytes.at[victim] != num_bytes:
+                if not self._could_fit(num_bytes):
+                    return None
+                is_worthwhile = True
+            self.evict(victim)
+        return offset
+
+    def place(self, row: int, offset: int, num_bytes: int, state: BlockState) -> None:
+        """Puts a block that has no slot into one just taken."""
+        blocks = self._blocks
+        blocks.state.at[row], blocks.offset.at[row] = state, offset
+        blocks.num_bytes.at[row] = num_bytes
+        self.leaves.enter(row)
+
+    def evict(self, row: int) -> None:
+        """Takes a block that nothing holds out of memory and frees its slot."""
+        self._slots.free(self.remove(row))
+
+    def remove(self, row: int) -> int:
+        """Takes a block that nothing holds out of memory; its slot is the caller's to free."""
+        self.leaves.leave(row)
+        self._blocks.state.at[row] = BlockState.ABSENT
+        self._blocks.is_private.at[row] = False
+        self._blocks.let_go(row)
+        return self._blocks.offset.at[row]
+
+    def drop(self, row: int) -> None:
+        """Takes a sealed block out of the index; its slot is freed when nothing holds it."""
+        blocks = self._blocks
+        if not blocks.num_holds.at[row]:
+            self.evict(row)
+            return
+        self.leaves.leave(row)
+        blocks.lose_name(row)
+        blocks.is_private.at[row] = False
+        blocks.state.at[row] = BlockState.DROPPED
+
+    def hold(self, rows: RowArray) -> None:
+        """Keeps slots from reuse; each hold ends with one `unhold`."""
+        np.add.at(self._blocks.num_holds.values, rows, 1)
+
+    def unhold(self, rows: RowArray) -> None:
+        """Ends one hold of each; frees the slots of dropped blocks that nothing holds any more."""
+        num_holds, state = self._blocks.num_holds.values, self._blocks.state.values
+        np.subtract.at(num_holds, rows, 1)
+        is_over = (num_holds[rows] == 0) & (state[rows] == BlockState.DROPPED)
+        for row in set(rows[is_over].tolist()):
+            self._free(row)
+        self.leaves.offer_all(rows)
+
+    def is_free(self, row: int) -> bool:
+        """Whether only children may keep a block from eviction."""
+        blocks = self._blocks
+        is_sealed = blocks.state.at[row] == BlockState.SEALED
+        return is_sealed and not blocks.is_private.at[row] and not blocks.num_holds.at[row]
+
+    def are_free(self, rows: RowArray) -> NDArray[np.bool_]:
+        """The same for many."""
+        blocks = self._blocks
+        is_sealed = blocks.state.values[rows] == BlockState.SEALED
+        return is_sealed & ~blocks.is_private.values[rows] & (blocks.num_holds.values[rows] == 0)
+
+    def _could_fit(self, num_bytes: int) -> bool:
+        named = self._blocks.named()
+        free = set(self._blocks.offset.values[named[self.are_free(named)]].tolist())
+        return self._slots.could_fit(num_bytes, free.__contains__)
+
+    def _free(self, row: int) -> None:
+        self._slots.free(self._blocks.offset.at[row])
+        self._blocks.free(row)

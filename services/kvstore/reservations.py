@@ -1,0 +1,167 @@
+"""What writers were promised: slots to write into, and that nobody reuses one under their hands.
+
+Owns reservations and quarantined slots. A reservation that expires leaves the index and its slot is
+quarantined: its writer may still write. The slot is freed when the writer acknowledges, when its
+incarnation is disconnected, or after `quarantine_s`, when the writer is presumed dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from services.kvstore.arena import SlotAllocator
+from services.kvstore.block import BlockState, Reserved, ReserveOutcome
+from services.kvstore.blocks import Blocks, Names
+from services.kvstore.disk import DiskTier
+from services.kvstore.expiry import Deadlines, Due
+from services.kvstore.memory import MemoryTier
+from services.kvstore.rows import NOBODY
+
+_ROW_BITS = 28  # of a reservation's id; the others count
+_ROW_MASK = 2**_ROW_BITS - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A reservation: the row is its own until it expires, the slot until it ends."""
+
+    owner: str
+    row: int
+    offset: int
+
+
+class Reservations:
+    """Reservations by id. An id names its row, so that a sealed block needs no book of its own."""
+
+    def __init__(
+        self,
+        *,
+        blocks: Blocks,
+        slots: SlotAllocator,
+        memory: MemoryTier,
+        disk: DiskTier,
+        deadlines: Deadlines,
+        ids: Iterator[int],
+        quarantine_s: float,
+        private_ttl_s: float,
+    ) -> None:
+        self._blocks = blocks
+        self._slots = slots
+        self._memory = memory
+        self._disk = disk
+        self._deadlines = deadlines
+        self._ids = ids
+        self._quarantine_s = quarantine_s
+        self._private_ttl_s = private_ttl_s
+        self._owners = Names()
+        self.live: dict[int, Claim] = {}
+        self.quarantined: dict[int, Claim] = {}
+
+    def reserve(
+        self, owner: str, keys: Sequence[bytes], num_bytes: int, deadline: float, is_private: bool
+    ) -> list[Reserved]:
+        """Slots for the new keys, parents first. After the first FULL no new key is tried."""
+        answers: list[Reserved] = []
+        parent: bytes | None = None  # a private block has none
+        full = False
+        for key in keys:
+            row = self._blocks.row_of(key)
+            if self._blocks.state.at[row] != BlockState.ABSENT:
+                answers.append(self._existing(row))
+            elif full or (offset := self._memory.take(num_bytes)) is None:
+                full = True
+                answers.append(Reserved(outcome=ReserveOutcome.FULL))
+            else:
+                row = self._open(key, parent, num_bytes, is_private)
+                self._memory.place(row, offset, num_bytes, BlockState.RESERVED)
+                answers.append(self._claim(owner, row, offset, deadline))
+            parent = None if is_private else key
+        return answers
+
+    def seal(self, owner: str, number: int, digest: int, now: float) -> bool:
+        """Seals a written block; False where the id is unknown, ended or another's."""
+        blocks = self._blocks
+        claim = self.live.get(number)
+        if claim is None:
+            return self._was_sealed(owner, number, digest)
+        if claim.owner != owner:
+            return False
+        row = claim.row
+        del self.live[number]
+        self._deadlines.cancel(Due.RESERVATION, number)
+        blocks.state.at[row] = BlockState.SEALED
+        self._disk.on_sealed(row, digest)
+        blocks.digest.at[row], blocks.reservation_id.at[row] = digest, number
+        blocks.owner.at[row] = self._owners.number(owner)
+        blocks.touch(row)
+        self._memory.leaves.offer(row)
+        if blocks.is_private.at[row]:
+            self._deadlines.set(Due.PRIVATE, number, now + self._private_ttl_s)
+        return True
+
+    def acknowledge(self, owner: str, numbers: Iterable[int]) -> int:
+        """Frees slots, reserved or quarantined, of an owner; returns how many."""
+        num_freed = 0
+        for number in numbers:
+            claim = self.live.get(number) or self.quarantined.get(number)
+            if claim and claim.owner == owner:
+                self.end(number)
+                num_freed += 1
+        return num_freed
+
+    def of_owner(self, owner: str) -> list[int]:
+        """Ids of everything that an owner has not given back."""
+        claims = {**self.live, **self.quarantined}
+        return [number for number, claim in claims.items() if claim.owner == owner]
+
+    def quarantine(self, number: int, now: float) -> None:
+        """A reservation has expired: its block leaves the index, its slot is not reused yet."""
+        claim = self.quarantined[number] = self.live.pop(number)
+        self._memory.remove(claim.row)
+        self._deadlines.set(Due.QUARANTINE, number, now + self._quarantine_s)
+
+    def end(self, number: int) -> None:
+        """Frees the slot of a reservation, live or quarantined."""
+        claim = self.live.pop(number, None)
+        if claim is not None:
+            self._memory.remove(claim.row)
+        else:
+            claim = self.quarantined.pop(number)
+        self._deadlines.cancel(Due.RESERVATION, number)
+        self._deadlines.cancel(Due.QUARANTINE, number)
+        self._slots.free(claim.offset)
+
+    def row_of(self, number: int) -> int:
+        """The row that a reservation's id names; another block's by now, perhaps."""
+        return number & _ROW_MASK
+
+    def _existing(self, row: int) -> Reserved:
+        if self._blocks.state.at[row] != BlockState.SEALED:
+            return Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
+        self._blocks.touch(row)
+        return Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
+
+    def _open(self, key: bytes, parent: bytes | None, num_bytes: int, is_private: bool) -> int:
+        """The row of a block that will be written."""
+        blocks = self._blocks
+        self._disk.forget_other(blocks.row_of(key), num_bytes)
+        row = blocks.open(key, NOBODY if parent is None else blocks.row_of(parent))
+        blocks.is_private.at[row] = is_private
+        blocks.touch(row)
+        return row
+
+    def _claim(self, owner: str, row: int, offset: int, deadline: float) -> Reserved:
+        number = next(self._ids) << _ROW_BITS | row
+        self.live[number] = Claim(owner=owner, row=row, offset=offset)
+        self._deadlines.set(Due.RESERVATION, number, deadline)
+        return Reserved(outcome=ReserveOutcome.RESERVED, reservation_id=number, offset=offset)
+
+    def _was_sealed(self, owner: str, number: int, digest: int) -> bool:
+        """Whether this very reservation was sealed so, and the block is still there."""
+        blocks, row = self._blocks, self.row_of(number)
+        if row >= len(blocks.state.at) or blocks.reservation_id.at[row] != number:
+            return False
+        is_sealed = blocks.state.at[row] == BlockState.SEALED
+        is_owner = blocks.owner.at[row] == self._owners.number(owner)
+        return is_sealed and is_owner and blocks.digest.at[row] == digest
