@@ -71,6 +71,10 @@ class Gateway:
         """Whether new requests are taken and can be served."""
         return self.router.is_ready and not self._is_draining
 
+    def check(self) -> None:
+        """Asserts that nothing is held anywhere for a request that has ended."""
+        self.router.check(self.registry.num_requests)
+
     async def start(self) -> tuple[str, str]:
         """Listens and begins to look for instances; returns the public and the admin address."""
         host = self._settings.host
@@ -130,6 +134,6 @@ class Gateway:
         )
         self._admin.add(
             status_pb2_grpc.add_StatusServiceServicer_to_server,
-            StatusServicer(self._status.snapshot),
+            StatusServicer(self._status.snapshot, self.check),
             "kvmesh.v1.StatusService",
         )

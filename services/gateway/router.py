@@ -99,6 +99,15 @@ class Router:
         for instance in self.instances:
             await instance.channel.close()
 
+    def check(self, num_requests: int) -> None:
+        """Asserts that sessions and instances hold the work of live requests only."""
+        for session in self._sessions:
+            held = session.num_requests
+            assert held <= num_requests, f"{session.instance.address}: {held} requests on the rank"
+        for instance in self.instances:
+            held = instance.num_outstanding
+            assert held >= 0 and (num_requests or not held), f"{instance.address}: {held} tokens"
+
     def notify(self) -> None:
         """Something about an instance changed: whoever waits for one looks again."""
         self._refresh()
