@@ -43,6 +43,7 @@ class Gateway:
             kvstores=settings.kvstore,
             telemetry=telemetry,
             poll_s=settings.poll_s,
+            lost_after_s=settings.lost_after_s,
             rank_wait_s=settings.rank_wait_s,
         )
         self.registry = Registry(settings.max_live_requests)
