@@ -1,0 +1,102 @@
+"""A mesh with a gate on every hop between its processes, and one kvstore.
+
+Owns the gates; knows where each phase of a request can be held. Bytes of KV never pass a gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from protos import decode_pb2, kvstore_pb2
+from tests.support.gate import Gate
+from tests.support.mesh import Mesh, Process
+from tests.support.streams import Stream
+
+STORE = "/kvmesh.v1.KvStoreService"
+PREFILL = "/kvmesh.v1.PrefillService/Prefill"
+SESSION = "/kvmesh.v1.DecodeService/Session"
+STATUS = "/kvmesh.v1.StatusService/GetStatus"
+HELD_PHASES = {  # phase: whose hop to the store, the method held
+    "queued": ("prefill", f"{STORE}/Lookup"),
+    "prefill": ("prefill", f"{STORE}/Reserve"),
+    "put": ("prefill", f"{STORE}/Seal"),
+    "between": ("decode", f"{STORE}/Lookup"),
+    "get": ("decode", f"{STORE}/Release"),
+}
+PHASES = (*HELD_PHASES, "first token", "mid-stream")
+BEFORE_HANDOFF = ("queued", "prefill", "put")
+NUM_TOKENS_MID_STREAM = 20
+
+
+class GatedMesh(Mesh):
+    """Two prefills, two decode ranks, one kvstore; what nobody ends by itself expires soon."""
+
+    def __init__(self, model: Path) -> None:
+        self.gates: dict[tuple[str, str], Gate] = {}
+        super().__init__(
+            model,
+            num_prefill=2,
+            num_decode=2,
+            worker_flags=("--chunk-tokens", "64"),
+            store_flags=("--private-ttl-s", "10", "--quarantine-s", "2"),
+        )
+
+    def route(self, user: str, process: Process) -> str:
+        """The gate for this user in front of this process."""
+        hop = (user, process.address)
+        if hop not in self.gates:
+            self.gates[hop] = Gate(process.address)
+        return self.gates[hop].address
+
+    def gate(self, user: str, process: Process) -> Gate:
+        """The gate of one hop."""
+        return self.gates[user, process.address]
+
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[Callable[[Stream], Callable[[], None]]]:
+        """Gives a function that waits until a stream is in the phase, and gives what ends the hold.
+
+        No request gets past one of HELD_PHASES before that is called.
+        """
+        if phase not in HELD_PHASES:
+            num_tokens = 1 if phase == "first token" else NUM_TOKENS_MID_STREAM
+
+            def reach_tokens(stream: Stream) -> Callable[[], None]:
+                stream.wait_tokens(num_tokens)
+                return lambda: None
+
+            yield reach_tokens
+            return
+        user, method = HELD_PHASES[phase]
+        with self.gate(user, self.kvstores[0]).hold(method) as hold:
+
+            def reach_hold(stream: Stream) -> Callable[[], None]:
+                hold.wait_reached()
+                return hold.release
+
+            yield reach_hold
+
+    def num_prefills(self) -> int:
+        """Prefill calls that went to prefill processes so far."""
+        return sum(len(self.gate("gateway", p).sent[PREFILL]) for p in self.prefills)
+
+    def num_resumes(self) -> int:
+        """Admissions so far that go on from tokens: their hand-off was used or lost before."""
+        messages = [m for p in self.decodes for m in self.gate("gateway", p).sent[SESSION]]
+        commands = [decode_pb2.SessionRequest.FromString(message) for message in messages]
+        return sum(c.HasField("admit") and not c.admit.HasField("handoff") for c in commands)
+
+    def arena_of(self, store: Process) -> tuple[int, int]:
+        """Address and size of the store's arena in its own memory, as it told a worker."""
+        answers = self.gate("decode", store).seen[f"{STORE}/Connect"]
+        agent = kvstore_pb2.ConnectResponse.FromString(answers[-1][1]).agent
+        return agent.arena_address, agent.arena_num_bytes
+
+    def close(self) -> None:
+        """Ends processes, then gates."""
+        super().close()
+        with ExitStack() as stack:
+            for gate in self.gates.values():
+                stack.callback(gate.close)
