@@ -57,8 +57,8 @@ class Gate:
     def __init__(self, target: str) -> None:
         self.target = target
         # By method, the latest answers: the last request before each, and the answer.
-        self.seen: dict[str, deque[tuple[bytes, bytes]]] = defaultdict(lambda: deque(maxlen=1000))
-        self.sent: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=1000))
+        self.seen: dict[str, deque[tuple[bytes, bytes]]] = defaultdict(lambda: deque(maxlen=20_000))
+        self.sent: dict[str, deque[bytes]] = defaultdict(lambda: deque(maxlen=20_000))
         self._holds: dict[tuple[str, str], Hold] = {}
         self._rewrites: dict[str, Rewrite] = {}
         self._is_cut = False

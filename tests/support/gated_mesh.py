@@ -88,11 +88,16 @@ class GatedMesh(Mesh):
         commands = [decode_pb2.SessionRequest.FromString(message) for message in messages]
         return sum(c.HasField("admit") and not c.admit.HasField("handoff") for c in commands)
 
-    def arena_of(self, store: Process) -> tuple[int, int]:
-        """Address and size of the store's arena in its own memory, as it told a worker."""
+    def pulled_tokens(self, rank: Process) -> list[int]:
+        """Tokens pulled for each request that was placed on a rank so far."""
+        answers = [answer for _, answer in self.gate("gateway", rank).seen[SESSION]]
+        responses = [decode_pb2.SessionResponse.FromString(answer) for answer in answers]
+        return [a.num_pulled_tokens for response in responses for a in response.admitted]
+
+    def arena_of(self, store: Process) -> int:
+        """Address of the store's arena in its own memory, as it told a worker."""
         answers = self.gate("decode", store).seen[f"{STORE}/Connect"]
-        agent = kvstore_pb2.ConnectResponse.FromString(answers[-1][1]).agent
-        return agent.arena_address, agent.arena_num_bytes
+        return kvstore_pb2.ConnectResponse.FromString(answers[-1][1]).agent.arena_address
 
     def close(self) -> None:
         """Ends processes, then gates."""

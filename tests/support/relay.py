@@ -11,7 +11,6 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from types import TracebackType
 
 CHUNK_NUM_BYTES = 65536
 
@@ -32,12 +31,7 @@ class Relay:
     def __enter__(self) -> Relay:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._flows.set()
         # close() alone would leave accept() waiting in its thread.
         with contextlib.suppress(OSError):
