@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from protos import decode_pb2, kvstore_pb2
+import grpc
+
+from protos import decode_pb2, kvstore_pb2, status_pb2, status_pb2_grpc
+from tests.support.clock import Clock
 from tests.support.gate import Gate
 from tests.support.mesh import Mesh, Process
 from tests.support.streams import Stream
@@ -35,12 +38,14 @@ class GatedMesh(Mesh):
 
     def __init__(self, model: Path) -> None:
         self.gates: dict[tuple[str, str], Gate] = {}
+        self.clock = Clock(model)
         super().__init__(
             model,
             num_prefill=2,
             num_decode=2,
             worker_flags=("--chunk-tokens", "64"),
             store_flags=("--private-ttl-s", "10", "--quarantine-s", "2"),
+            env=self.clock.env,
         )
 
     def route(self, user: str, process: Process) -> str:
@@ -77,6 +82,12 @@ class GatedMesh(Mesh):
                 return hold.release
 
             yield reach_hold
+
+    def instances(self) -> list[status_pb2.InstanceStatus]:
+        """All processes as the gateway knows them, itself first."""
+        with grpc.insecure_channel(self.admin_address) as channel:
+            stub = status_pb2_grpc.StatusServiceStub(channel)
+            return list(stub.GetStatus(status_pb2.GetStatusRequest(), timeout=5).instances)
 
     def num_prefills(self) -> int:
         """Prefill calls that went to prefill processes so far."""

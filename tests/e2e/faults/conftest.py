@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.books import Books
 from tests.support.gated_mesh import GatedMesh
+from tests.support.injectors import revive
 from tests.support.mixture import Mixture
 from tests.support.tiny_models import make_tiny_model
 
@@ -35,3 +36,16 @@ def books(gated_mesh: GatedMesh, mixture: Mixture) -> Books:
     """Baselines of a warm mesh."""
     mixture.verify(mixture.start(gated_mesh))
     return Books(gated_mesh)
+
+
+@pytest.fixture(autouse=True)
+def whole(gated_mesh: GatedMesh) -> Iterator[None]:
+    """A case that failed half-way must not fail those after it; what was logged is shown."""
+    for process in gated_mesh.processes:
+        if process.popen.poll() is not None:
+            revive(gated_mesh, process)
+    logged = {id(process): len(process.lines) for process in gated_mesh.processes}
+    yield
+    for process in gated_mesh.processes:
+        lines = process.lines[logged.get(id(process), 0) :]
+        print(f"--- {process.role} {process.address}", *lines[-40:], sep="\n")
