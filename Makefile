@@ -1,4 +1,4 @@
-# The only door. Targets: setup, run, test, check, bench, test-gpu, bench-gpu, clean.
+# The only door. Targets: setup, run, test, test-faults, check, bench, test-gpu, bench-gpu, clean.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,13 +12,14 @@ PYTEST_FLAGS ?=
 MODEL ?= models/demo
 SAMPLE ?= In the beginning
 
-.PHONY: help setup run test check format bench require-gpu test-gpu bench-gpu clean
+.PHONY: help setup run test test-faults check format bench require-gpu test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup   virtual environment, dependencies, gRPC stubs (quick when done)"
 	@echo "make run     setup, then a mesh on $(MODEL) until Ctrl-C"
 	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
+	@echo "make test-faults   setup, then every fault in every phase (minutes; make test runs the most telling)"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
 	@echo "make bench   setup, then a short load test of a mesh of its own"
 	@echo "make test-gpu, make bench-gpu   setup, then tests or benchmarks on this machine's NVIDIA GPU;"
@@ -53,6 +54,9 @@ run: setup
 
 test: setup
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-faults: setup
+	@$(BIN)/python -m pytest tests/e2e/faults -m "slow or not slow" $(PYTEST_FLAGS)
 
 check: setup
 	@$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -143,13 +144,20 @@ def host_id() -> str:
 
 
 def num_fds() -> int:
-    """Open file descriptors, without the one that lists them."""
-    return len(os.listdir("/proc/self/fd")) - 1
+    """Open file descriptors, without the one that lists them; the limit when that cannot be had."""
+    try:
+        return len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def rss_num_bytes() -> int:
-    """Resident memory in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Resident memory in bytes; the highest so far when no descriptor is left to ask with."""
+    try:
+        num_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return num_pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def task_count() -> int:

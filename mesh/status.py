@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import grpc
+
 from protos import status_pb2, status_pb2_grpc
 
 Instances = status_pb2.InstanceStatus | Sequence[status_pb2.InstanceStatus]
@@ -16,10 +18,14 @@ WINDOW_S = 5.0
 
 
 class StatusServicer(status_pb2_grpc.StatusServiceServicer):
-    """Answers GetStatus from a callback, sync or async: one instance, or several, itself first."""
+    """Answers GetStatus from a callback, sync or async: one instance, or several, itself first.
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    `check` raises AssertionError when the process's books do not balance.
+    """
+
+    def __init__(self, snapshot: Snapshot, check: Callable[[], None] | None = None) -> None:
         self._snapshot = snapshot
+        self._check = check
 
     async def GetStatus(  # noqa: N802 - gRPC method name
         self, request: status_pb2.GetStatusRequest, context: Any
@@ -30,6 +36,19 @@ class StatusServicer(status_pb2_grpc.StatusServiceServicer):
             state = await state
         instances = [state] if isinstance(state, status_pb2.InstanceStatus) else state
         return status_pb2.GetStatusResponse(instances=instances)
+
+    async def CheckBooks(  # noqa: N802 - gRPC method name
+        self, request: status_pb2.CheckBooksRequest, context: Any
+    ) -> status_pb2.CheckBooksResponse:
+        """What the process's own check() says."""
+        if self._check is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this process checks no books")
+            raise AssertionError("abort returned")
+        try:
+            self._check()
+        except AssertionError as error:
+            return status_pb2.CheckBooksResponse(failure=str(error) or "an unnamed check failed")
+        return status_pb2.CheckBooksResponse()
 
 
 class Rate:

@@ -37,6 +37,10 @@ class WorkerServicer(Protocol):
         """Requests in flight."""
         ...
 
+    def check(self) -> None:
+        """Asserts that what it keeps agrees with the engine."""
+        ...
+
 
 class Attach(Protocol):
     """Makes the role's servicer and adds it to the server; returns it and what ends its streams."""
@@ -103,7 +107,7 @@ async def _serve(
 
     server.add(
         status_pb2_grpc.add_StatusServiceServicer_to_server,
-        StatusServicer(snapshot),
+        StatusServicer(snapshot, lambda: _check(worker, servicer)),
         "kvmesh.v1.StatusService",
     )
     engine_loop = asyncio.ensure_future(worker.engine.run())
@@ -122,6 +126,11 @@ async def _serve(
     await server.stop(1.0)
     await worker.close()
     await engine_loop
+
+
+def _check(worker: Worker, servicer: WorkerServicer) -> None:
+    worker.engine.check()
+    servicer.check()
 
 
 async def _drain(servicer: WorkerServicer, drain_s: float) -> None:

@@ -35,6 +35,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         """Requests in flight over all sessions."""
         return sum(session.num_requests for session in self._sessions.values())
 
+    def check(self) -> None:
+        """Asserts that every session keeps live sequences only."""
+        for session in self._sessions.values():
+            session.check()
+
     def end_sessions(self) -> None:
         """Ends every session's stream, at the end of a drain."""
         for session in self._sessions.values():

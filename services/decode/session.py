@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from engine.sequence import Sequence, StepItem
+from engine.sequence import Sequence, SequenceState, StepItem
 from mesh.errors import KvmeshError
 from protos import common_pb2, decode_pb2
 from services import wire
@@ -24,6 +24,8 @@ from services.decode.sealing import SealedBlocks
 from services.worker import Worker
 
 log = logging.getLogger("kvmesh.decode")
+
+LIVE = (SequenceState.WAITING, SequenceState.RUNNING)
 
 
 @dataclass(slots=True)
@@ -95,6 +97,15 @@ class Session:
         """Drops every request; blocks are free at once or after the step that runs over them."""
         for handle in list(self._requests):
             self._cancel(handle, None)
+
+    def check(self) -> None:
+        """Asserts that a request is being admitted or has sequences, each live in the engine."""
+        for handle, request in self._requests.items():
+            assert request.sequences.keys() == request.sealed.keys(), f"handle {handle}: sealing"
+            is_admitted = request.admission is None or request.admission.done()
+            assert request.sequences or not is_admitted, f"handle {handle} holds nothing"
+            for sequence in request.sequences.values():
+                assert sequence.state in LIVE, f"handle {handle}: {sequence.state.value} sequence"
 
     def on_item(self, item: StepItem) -> None:
         """Takes one sequence's part of a step."""

@@ -43,6 +43,7 @@ class Gateway:
             kvstores=settings.kvstore,
             telemetry=telemetry,
             poll_s=settings.poll_s,
+            lost_after_s=settings.lost_after_s,
             rank_wait_s=settings.rank_wait_s,
         )
         self.registry = Registry(settings.max_live_requests)
@@ -70,6 +71,10 @@ class Gateway:
     def is_ready(self) -> bool:
         """Whether new requests are taken and can be served."""
         return self.router.is_ready and not self._is_draining
+
+    def check(self) -> None:
+        """Asserts that nothing is held anywhere for a request that has ended."""
+        self.router.check(self.registry.num_requests)
 
     async def start(self) -> tuple[str, str]:
         """Listens and begins to look for instances; returns the public and the admin address."""
@@ -130,6 +135,6 @@ class Gateway:
         )
         self._admin.add(
             status_pb2_grpc.add_StatusServiceServicer_to_server,
-            StatusServicer(self._status.snapshot),
+            StatusServicer(self._status.snapshot, self.check),
             "kvmesh.v1.StatusService",
         )

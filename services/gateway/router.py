@@ -24,7 +24,6 @@ from services.gateway.session import RankSession
 log = logging.getLogger("kvmesh.gateway")
 
 POLL_TIMEOUT_S = 2.0
-LOST_AFTER_S = 10.0
 # A session keeps its instance unless that one is this much busier than the least busy, in tokens.
 AFFINITY_TOKENS = 4096
 
@@ -43,6 +42,7 @@ class Router:
         kvstores: Sequence[str],
         telemetry: Telemetry,
         poll_s: float,
+        lost_after_s: float,
         rank_wait_s: float,
     ) -> None:
         def make(role: status_pb2.Role, addresses: Sequence[str]) -> list[Instance]:
@@ -50,6 +50,7 @@ class Router:
 
         self._model_name = model_name
         self._poll_s = poll_s
+        self._lost_after_s = lost_after_s
         self._rank_wait_s = rank_wait_s
         self.prefills = make(status_pb2.ROLE_PREFILL, prefills)
         self.decodes = make(status_pb2.ROLE_DECODE, decodes)
@@ -98,6 +99,15 @@ class Router:
             await session.close()
         for instance in self.instances:
             await instance.channel.close()
+
+    def check(self, num_requests: int) -> None:
+        """Asserts that sessions and instances hold the work of live requests only."""
+        for session in self._sessions:
+            held = session.num_requests
+            assert held <= num_requests, f"{session.instance.address}: {held} requests on the rank"
+        for instance in self.instances:
+            held = instance.num_outstanding
+            assert held >= 0 and (num_requests or not held), f"{instance.address}: {held} tokens"
 
     def notify(self) -> None:
         """Something about an instance changed: whoever waits for one looks again."""
@@ -183,15 +193,16 @@ class Router:
     async def _watch(self, instance: Instance) -> None:
         """Polls one instance for ever; one that stays silent too long is lost."""
         loop = asyncio.get_running_loop()
-        answered_at = loop.time()
+        lost_at = loop.time() + self._lost_after_s
         while True:
             before = (instance.is_ready, instance.model)
-            await instance.poll(POLL_TIMEOUT_S)
+            patience_s = lost_at - loop.time()
+            await instance.poll(patience_s if patience_s > 0 else POLL_TIMEOUT_S)
             after = (instance.is_ready, instance.model)
             if not instance.has_failed:
-                answered_at = loop.time()
-            elif loop.time() - answered_at > LOST_AFTER_S:
-                instance.lose(f"{instance.address} has not answered for {LOST_AFTER_S:g} s")
+                lost_at = loop.time() + self._lost_after_s
+            elif loop.time() >= lost_at:
+                instance.lose(f"{instance.address} has not answered for {self._lost_after_s:g} s")
             if before != after:
                 log.info("%s %s", instance.address, "ready" if instance.is_ready else "not ready")
                 self.notify()

@@ -26,6 +26,13 @@ class GatewaySettings(ServiceSettings):
     poll_s: float = setting(
         0.5, group="mesh", help="seconds between two status polls", minimum=0.05, maximum=60.0
     )
+    lost_after_s: float = setting(
+        2.0,
+        group="mesh",
+        help="seconds of silence until an instance is lost and its requests go elsewhere",
+        minimum=0.2,
+        maximum=600.0,
+    )
     max_live_requests: int = setting(
         1024, group="admission", help="requests in flight; more are refused", minimum=1
     )

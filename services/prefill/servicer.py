@@ -40,6 +40,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         """Prompts in flight."""
         return len(self._prompts)
 
+    def check(self) -> None:
+        """Asserts that no two prompts share a block that neither has finished writing."""
+        blocks = [block for prompt in self._prompts.values() for block in prompt.blocks]
+        assert len(blocks) == len(set(blocks)), "two prompts hold one block"
+
     async def Prefill(  # noqa: N802 - gRPC method name
         self,
         request: prefill_pb2.PrefillRequest,
@@ -100,6 +105,11 @@ class Prompt:
             ),
             priority=request.priority,
         )
+
+    @property
+    def blocks(self) -> list[int]:
+        """Its blocks: empty before it has memory."""
+        return self._sequence.blocks
 
     async def start(self) -> prefill_pb2.PrefillStarted:
         """Takes memory, pulls the sealed prefix and queues the rest for computing."""

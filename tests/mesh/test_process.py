@@ -216,3 +216,14 @@ def test_json_logs_are_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> 
     assert entry["level"] == "error" and entry["role"] == "decode" and entry["logger"] == "kvmesh.x"
     assert entry["message"] == "broken pipe" and "ValueError: two\nlines" in entry["exception"]
     assert "decode DEBUG kvmesh.y: seen" in second
+
+
+def test_counts_can_be_read_without_a_free_descriptor() -> None:
+    script = (
+        "import resource; from mesh.process import num_fds, rss_num_bytes;"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3)); print(num_fds(), rss_num_bytes())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    num_open, num_bytes = map(int, done.stdout.split())
+    assert num_open == 3 and num_bytes > 2**20

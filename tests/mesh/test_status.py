@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
 import pytest
 
 from mesh.channel import open_channel
@@ -42,8 +43,23 @@ async def test_status_is_served_over_grpc() -> None:
     async with open_channel(f"127.0.0.1:{port}") as channel:
         stub = status_pb2_grpc.StatusServiceStub(channel)  # pyright: ignore[reportArgumentType]
         response = await stub.GetStatus(status_pb2.GetStatusRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as unchecked:
+            await stub.CheckBooks(status_pb2.CheckBooksRequest())
     await server.stop(0)
     assert response.instances[0].role == status_pb2.ROLE_DECODE
+    assert unchecked.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_books_that_do_not_balance_are_reported() -> None:
+    def check() -> None:
+        if problem:
+            raise AssertionError(problem)
+
+    servicer, request = StatusServicer(one, check), status_pb2.CheckBooksRequest()
+    problem = ""
+    assert (await servicer.CheckBooks(request, None)).failure == ""
+    problem = "block 3 is free twice"
+    assert (await servicer.CheckBooks(request, None)).failure == problem
 
 
 def test_a_rate_counts_the_last_five_seconds() -> None:

@@ -17,8 +17,10 @@ class Answer:
     info: gateway_pb2.PromptInfo | None = None
     tokens: dict[int, list[int]] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, list[common_pb2.PositionLogprobs]] = field(default_factory=dict)
     finished: dict[int, gateway_pb2.Finished] = field(default_factory=dict)
     usage: gateway_pb2.Usage | None = None
+    num_deltas: int = 0
 
     def add(self, response: gateway_pb2.GenerateResponse) -> None:
         """Takes one message."""
@@ -28,8 +30,10 @@ class Answer:
             self.info = response.prompt_info
         elif event == "delta":
             index = response.delta.sequence_index
+            self.num_deltas += 1
             self.tokens.setdefault(index, []).extend(response.delta.token_ids)
             self.text[index] = self.text.get(index, "") + response.delta.text
+            self.logprobs.setdefault(index, []).extend(response.delta.logprobs)
         elif event == "finished":
             assert response.finished.sequence_index not in self.finished
             self.finished[response.finished.sequence_index] = response.finished

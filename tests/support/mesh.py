@@ -9,6 +9,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -85,6 +86,7 @@ class Mesh:
         store_bytes: str = "64MiB",
         worker_flags: Sequence[str] = (),
         store_flags: Sequence[str] = (),
+        gateway_flags: Sequence[str] = (),
         env: dict[str, str] | None = None,
     ) -> None:
         self.model = model
@@ -93,15 +95,17 @@ class Mesh:
             "--model", str(model), "--kv-bytes", "64MiB", "--num-threads", "1", *worker_flags
         )  # fmt: skip
         self._store_flags = ("--kv-bytes", store_bytes, *store_flags)
+        self._gateway_flags = gateway_flags
+        self.admin_address = f"127.0.0.1:{free_port()}"
         self.kvstores = [self.spawn_store() for _ in range(num_kvstore)]
         for process in self.kvstores:
             wait_ready(process)
-        self.stores = ",".join(process.address for process in self.kvstores)
         self.prefills = [self.spawn_worker("prefill") for _ in range(num_prefill)]
         self.decodes = [self.spawn_worker("decode") for _ in range(num_decode)]
         for process in [*self.prefills, *self.decodes]:
             wait_ready(process)
-        self.gateway = self._start_gateway()
+        self.gateway = self.spawn_gateway()
+        wait_ready(self.gateway)
         self.address = self.gateway.address
         self.channel = grpc.insecure_channel(self.address)
         self.generation = gateway_pb2_grpc.GenerationServiceStub(self.channel)
@@ -112,14 +116,46 @@ class Mesh:
         """Every process, gateway first."""
         return [self.gateway, *self.prefills, *self.decodes, *self.kvstores]
 
+    def route(self, user: str, process: Process) -> str:
+        """The address at which processes of role `user` find this one."""
+        return process.address
+
     def spawn_worker(self, role: str, *, port: int = 0) -> Process:
         """Starts one more worker with this mesh's flags."""
-        flags = (*self._worker_flags, "--kvstore", self.stores, "--port", str(port))
-        return self._spawn(role, *flags)
+        stores = ",".join(self.route(role, process) for process in self.kvstores)
+        return self._spawn(role, *self._worker_flags, "--kvstore", stores, "--port", str(port))
 
     def spawn_store(self, *, port: int = 0) -> Process:
         """Starts one more kvstore with this mesh's flags."""
         return self._spawn("kvstore", *self._store_flags, "--port", str(port))
+
+    def spawn_gateway(self, *, port: int = 0) -> Process:
+        """Starts a gateway to all workers."""
+
+        def addresses(processes: list[Process]) -> str:
+            return ",".join(self.route("gateway", process) for process in processes)
+
+        return self._spawn(
+            "gateway",
+            *("--model", str(self.model), "--port", str(port)),
+            *("--admin-port", self.admin_address.rpartition(":")[2]),
+            *("--prefill", addresses(self.prefills), "--decode", addresses(self.decodes)),
+            *("--kvstore", addresses(self.kvstores), *self._gateway_flags),
+        )
+
+    def respawn(self, process: Process) -> Process:
+        """Starts the successor of an ended process on its address, without waiting for it."""
+        port = int(process.address.rpartition(":")[2])
+        if process is self.gateway:
+            successor = self.gateway = self.spawn_gateway(port=port)
+        elif process in self.kvstores:
+            successor = self.spawn_store(port=port)
+            self.kvstores[self.kvstores.index(process)] = successor
+        else:
+            successor = self.spawn_worker(process.role, port=port)
+            workers = self.prefills if process in self.prefills else self.decodes
+            workers[workers.index(process)] = successor
+        return successor
 
     def status(self, address: str) -> status_pb2.InstanceStatus:
         """One process's own status."""
@@ -154,16 +190,12 @@ class Mesh:
     def _spawn(self, role: str, *flags: str) -> Process:
         return spawn(role, *flags, env=self._env)
 
-    def _start_gateway(self) -> Process:
-        gateway = self._spawn(
-            "gateway",
-            "--model", str(self.model),
-            "--prefill", ",".join(process.address for process in self.prefills),
-            "--decode", ",".join(process.address for process in self.decodes),
-            "--kvstore", self.stores,
-        )  # fmt: skip
-        wait_ready(gateway)
-        return gateway
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        return holder.getsockname()[1]
 
 
 @contextlib.contextmanager
