@@ -125,6 +125,7 @@ def test_tiles_cover_every_row_once_and_the_heaviest_comes_first() -> None:
 
 def test_blocks_of_all_sequences_are_listed_for_unpacking() -> None:
     plan = make_plan([1, 70, 33], [40, 0, 95], 2)
+    assert plan.blocks is not None and plan.packed_table is not None
     for seq, num_blocks in enumerate((2, 3, 4)):
         found = plan.blocks[plan.packed_table[seq, :num_blocks].long()]
         assert torch.equal(found, plan.block_table[seq, :num_blocks])

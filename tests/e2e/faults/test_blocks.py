@@ -104,8 +104,7 @@ def test_a_store_that_takes_nothing_costs_only_recomputation(
         nonlocal num_rewritten
         response = kvstore_pb2.ReserveResponse.FromString(message)
         for reservation in response.reservations:
-            reservation.Clear()
-            reservation.outcome = kvstore_pb2.Reservation.Outcome.Value(outcome)
+            reservation.CopyFrom(kvstore_pb2.Reservation(outcome=outcome))
             num_rewritten += 1
         return response.SerializeToString()
 
