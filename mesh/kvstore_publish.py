@@ -154,7 +154,7 @@ class Publish:
                 grant.sealed.add(index)
             elif reservation.outcome != kvstore_pb2.Reservation.OUTCOME_RESERVED:
                 continue
-            elif self._shards.fits(shard, reservation.slot):
+            elif self._shards.fits(shard, reservation.slot.offset, reservation.slot.num_bytes):
                 grant.slots[index] = _Slot(
                     shard=shard,
                     reservation_id=reservation.reservation_id,

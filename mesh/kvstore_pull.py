@@ -33,12 +33,16 @@ class PullResult:
 
 @dataclass(slots=True, kw_only=True)
 class _Lease:
-    """Blocks that one store lends; `indices` are positions among the pull's keys."""
+    """Blocks that one store lends; `indices` are positions among the pull's keys.
+
+    offsets and digests are those of the store, one per index.
+    """
 
     shard: Shard
     lease_id: int
     indices: list[int]
-    blocks: list[kvstore_pb2.LeasedBlock]
+    offsets: list[int]
+    digests: list[int]
     is_released: bool = False
 
 
@@ -60,7 +64,7 @@ class Pull:
         self._deadline = deadline
         self._hold = hold
         self._leases: list[_Lease] = []
-        self._lent: dict[int, tuple[Shard, kvstore_pb2.LeasedBlock]] = {}
+        self._lent: dict[int, tuple[Shard, int]] = {}  # with the digest that was sealed
         self._read: set[int] = set()
         self._digests: list[int] = []
         self.failures: list[str] = []
@@ -96,8 +100,8 @@ class Pull:
                 return
             if lease.lease_id:
                 self._leases.append(lease)
-            for index, block in zip(lease.indices, lease.blocks, strict=True):
-                self._lent[index] = (shard, block)
+            for index, digest in zip(lease.indices, lease.digests, strict=True):
+                self._lent[index] = (shard, digest)
             if len(lease.indices) < len(chunk):
                 return
 
@@ -110,16 +114,19 @@ class Pull:
             max_wait_s=min(_MAX_WAIT_S, self._deadline.remaining_s / 2),
         )
         response = await shard.call("Lookup", request, self._deadline.remaining_s)
-        blocks = list(response.blocks[: len(indices)])
-        bad = (i for i, block in enumerate(blocks) if not self._shards.fits(shard, block.slot))
-        num_good = next(bad, len(blocks))
-        if num_good < len(blocks):
-            self._fail("slot", len(blocks) - num_good)
+        offsets, digests = list(response.offsets), list(response.digests)
+        num_found = min(len(offsets), len(digests), len(indices))
+        num_bytes = response.num_bytes
+        bad = (i for i in range(num_found) if not self._shards.fits(shard, offsets[i], num_bytes))
+        num_good = next(bad, num_found)
+        if num_good < num_found:
+            self._fail("slot", num_found - num_good)
         return _Lease(
             shard=shard,
             lease_id=response.lease_id,
             indices=indices[:num_good],
-            blocks=blocks[:num_good],
+            offsets=offsets[:num_good],
+            digests=digests[:num_good],
         )
 
     async def _fetch(self, lease: _Lease, num_found: int) -> None:
@@ -130,7 +137,7 @@ class Pull:
         try:
             await lease.shard.read(
                 [block_id * num_bytes for block_id in local_ids],
-                [block.slot.offset for block in lease.blocks[: len(indices)]],
+                lease.offsets[: len(indices)],
                 num_bytes,
                 self._deadline.remaining_s,
                 lambda settled: self._hold(local_ids, settled),
@@ -180,7 +187,7 @@ class Pull:
         corrupt = [
             index
             for index in range(num_read)
-            if self._digests[index] & _DIGEST_MASK != self._lent[index][1].digest
+            if self._digests[index] & _DIGEST_MASK != self._lent[index][1]
         ]
         if not corrupt:
             return num_read
@@ -205,7 +212,7 @@ class Pull:
         self._shards.telemetry.instruments.kv_verify_failures.add(num_blocks, {"reason": reason})
 
 
-def _prefix(present: dict[int, tuple[Shard, kvstore_pb2.LeasedBlock]] | set[int]) -> int:
+def _prefix(present: dict[int, tuple[Shard, int]] | set[int]) -> int:
     """How many of 0, 1, 2, ... are present without a gap."""
     num = 0
     while num in present:

@@ -18,7 +18,6 @@ from mesh.errors import KvmeshError
 from mesh.kvstore_shard import Shard, ShardState
 from mesh.rendezvous import owner
 from mesh.telemetry import Telemetry
-from protos import kvstore_pb2
 
 log = logging.getLogger("kvmesh.kvstore")
 
@@ -117,10 +116,10 @@ class Shards:
             indices.setdefault(owner(key, members), []).append(index)
         return [(live[address], of_shard) for address, of_shard in indices.items()]
 
-    def fits(self, shard: Shard, slot: kvstore_pb2.Slot) -> bool:
+    def fits(self, shard: Shard, offset: int, num_bytes: int) -> bool:
         """Whether a slot is one block inside the store's arena."""
         room = shard.arena_num_bytes - self.block_num_bytes
-        return slot.num_bytes == self.block_num_bytes and slot.offset <= room
+        return num_bytes == self.block_num_bytes and offset <= room
 
     def count_moved(self, direction: str, num_blocks: int, duration_s: float) -> None:
         """Records one transfer that went well; direction is get or put."""

@@ -7,10 +7,9 @@ Never knows what a slot holds, never reads or writes the bytes.
 from __future__ import annotations
 
 import bisect
-import heapq
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -57,29 +56,40 @@ class DramArena:
 
 @dataclass(slots=True, kw_only=True)
 class _Slab:
+    """Slots of one size; a byte for each says whether it is used."""
+
     offset: int
     stride: int
-    num_slots: int
-    used: set[int] = field(default_factory=set)  # offsets
-    returned: list[int] = field(default_factory=list)  # heap of offsets below the watermark
-    watermark: int = 0  # slots handed out at least once
+    is_used: bytearray
+    num_used: int = 0
+    lowest: int = 0  # no slot before it is free
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.is_used)
 
     @property
     def num_bytes(self) -> int:
         return self.stride * self.num_slots
 
     @property
-    def is_full(self) -> bool:
-        return len(self.used) == self.num_slots
+    def used(self) -> list[int]:
+        """Offsets of used slots."""
+        return [self.offset + n * self.stride for n, used in enumerate(self.is_used) if used]
 
     def take(self) -> int:
-        if self.returned:
-            offset = heapq.heappop(self.returned)
-        else:
-            offset = self.offset + self.watermark * self.stride
-            self.watermark += 1
-        self.used.add(offset)
-        return offset
+        place = self.is_used.index(0, self.lowest)
+        self.is_used[place] = 1
+        self.num_used += 1
+        self.lowest = place + 1
+        return self.offset + place * self.stride
+
+    def give_back(self, offset: int) -> None:
+        place, rest = divmod(offset - self.offset, self.stride)
+        assert not rest and self.is_used[place], f"no slot is used at {offset}"
+        self.is_used[place] = 0
+        self.num_used -= 1
+        self.lowest = min(self.lowest, place)
 
 
 class SlotAllocator:
@@ -90,8 +100,8 @@ class SlotAllocator:
         self._slab_num_bytes = min(MAX_SLAB_NUM_BYTES, num_bytes // SLABS_PER_ARENA)
         self._extents: list[tuple[int, int]] = [(0, num_bytes)]  # sorted (offset, num_bytes)
         self._slabs: dict[int, _Slab] = {}
+        self._starts: list[int] = []  # of slabs, sorted
         self._open: dict[int, dict[int, _Slab]] = {}  # stride -> slabs with a free slot
-        self._slab_of: dict[int, _Slab] = {}  # used slot -> its slab
         self._latest_stride = 0  # 0 before the first slot
 
     def allocate(self, num_bytes: int) -> int | None:
@@ -102,25 +112,24 @@ class SlotAllocator:
             return None
         slab = next(iter(open_slabs.values()))
         offset = slab.take()
-        self._slab_of[offset] = slab
         self._latest_stride = stride
-        if slab.is_full:
+        if slab.num_used == slab.num_slots:
             del open_slabs[slab.offset]
         return offset
 
     def free(self, offset: int) -> None:
         """Gives a slot back; an empty slab returns its bytes for any size."""
-        slab = self._slab_of.pop(offset)
-        slab.used.remove(offset)
+        slab = self._slabs[self._starts[bisect.bisect(self._starts, offset) - 1]]
+        slab.give_back(offset)
         open_slabs = self._open.setdefault(slab.stride, {})
-        if slab.used:
-            heapq.heappush(slab.returned, offset)
+        if slab.num_used:
             open_slabs[slab.offset] = slab
             return
         open_slabs.pop(slab.offset, None)
         if not open_slabs:
             del self._open[slab.stride]
         del self._slabs[slab.offset]
+        self._starts.remove(slab.offset)
         self._return_extent(slab.offset, slab.num_bytes)
 
     def could_fit(self, num_bytes: int, is_evictable: Callable[[int], bool]) -> bool:
@@ -128,9 +137,10 @@ class SlotAllocator:
         stride = _stride(num_bytes)
         spans = list(self._extents)
         for slab in self._slabs.values():
-            if slab.stride == stride and any(map(is_evictable, slab.used)):
+            used = slab.used
+            if slab.stride == stride and any(map(is_evictable, used)):
                 return True
-            if all(map(is_evictable, slab.used)):
+            if all(map(is_evictable, used)):
                 spans.append((slab.offset, slab.num_bytes))
         run_end = run_num_bytes = 0
         for offset, length in sorted(spans):
@@ -151,7 +161,7 @@ class SlotAllocator:
     @property
     def used_offsets(self) -> set[int]:
         """Offsets of all slots in use."""
-        return set(self._slab_of)
+        return {offset for slab in self._slabs.values() for offset in slab.used}
 
     def check(self) -> None:
         """Asserts that slabs and free extents tile the arena and that slots are counted once."""
@@ -163,15 +173,12 @@ class SlotAllocator:
         assert position == self.num_bytes, "slabs and extents do not cover the arena"
         for a, b in zip(self._extents, self._extents[1:], strict=False):
             assert a[0] + a[1] < b[0], "free extents not merged"
-        used: dict[int, _Slab] = {}
+        assert sorted(self._slabs) == self._starts
         for slab in self._slabs.values():
-            assert slab.used, "an empty slab was kept"
-            slots = sorted([*slab.used, *slab.returned])
-            handed_out = range(slab.offset, slab.offset + slab.watermark * slab.stride, slab.stride)
-            assert slots == list(handed_out), "slots of a slab are not used or free exactly once"
-            assert (slab.offset in self._open.get(slab.stride, {})) is not slab.is_full
-            used.update(dict.fromkeys(slab.used, slab))
-        assert used == self._slab_of, "used slots and slabs disagree"
+            assert slab.num_used == sum(slab.is_used) > 0, "an empty slab was kept"
+            assert all(slab.is_used[: slab.lowest]), "a free slot is never found"
+            is_full = slab.num_used == slab.num_slots
+            assert (slab.offset in self._open.get(slab.stride, {})) is not is_full
 
     def _open_slab(self, stride: int) -> dict[int, _Slab]:
         wanted = max(1, self._slab_num_bytes // stride) * stride
@@ -183,11 +190,13 @@ class SlotAllocator:
             if chosen < 0 or self._extents[chosen][1] < stride:
                 return {}
         offset, length = self._extents.pop(chosen)
-        slab = _Slab(offset=offset, stride=stride, num_slots=min(wanted, length) // stride)
+        num_slots = min(wanted, length) // stride
+        slab = _Slab(offset=offset, stride=stride, is_used=bytearray(num_slots))
         if length > slab.num_bytes:
             rest = (offset + slab.num_bytes, length - slab.num_bytes)
             bisect.insort(self._extents, rest)
         self._slabs[offset] = slab
+        bisect.insort(self._starts, offset)
         self._open[stride] = {offset: slab}  # opened only when no slab of this stride has room
         return self._open[stride]
 

@@ -46,8 +46,8 @@ class Blocks(Rows):
         """
         row = self.row_of(key)
         if row == NOBODY:
-            row = self.add(key)
             is_parent_known = parent != NOBODY and self.has_place(parent)
+            row = self.add(key)
             self.parent.at[row] = parent if is_parent_known else NOBODY
         return row
 

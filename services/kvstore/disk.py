@@ -132,7 +132,7 @@ class DiskTier:
         """
         blocks = self._blocks
         rows = self._known_prefix(keys, num_bytes)
-        if (blocks.state.values[rows] == BlockState.SEALED).all():
+        if (blocks.state.values.take(rows) == BlockState.SEALED).all():
             return [], []
         blocks.touch_chain(rows)
         moves: list[Move] = []
@@ -193,8 +193,8 @@ class DiskTier:
 
     def are_free(self, rows: RowArray) -> NDArray[np.bool_]:
         """The same for many."""
-        is_present = self._blocks.disk.values[rows] == DiskState.PRESENT
-        return is_present & (self._blocks.state.values[rows] != BlockState.PROMOTING)
+        is_present = self._blocks.disk.values.take(rows) == DiskState.PRESENT
+        return is_present & (self._blocks.state.values.take(rows) != BlockState.PROMOTING)
 
     @property
     def num_pending(self) -> int:
@@ -246,8 +246,8 @@ class DiskTier:
     def _known_prefix(self, keys: Sequence[bytes], num_bytes: int) -> RowArray:
         """Rows of the leading keys that are sealed, on disk, or on their way from there."""
         blocks, rows = self._blocks, self._blocks.find(keys)
-        state, disk = blocks.state.values[rows], blocks.disk.values[rows]
+        state, disk = blocks.state.values.take(rows), blocks.disk.values.take(rows)
         is_known = (state == BlockState.SEALED) | (state == BlockState.PROMOTING)
         is_known |= (state == BlockState.ABSENT) & (disk == DiskState.PRESENT)
-        is_known &= blocks.num_bytes.values[rows] == num_bytes
+        is_known &= blocks.num_bytes.values.take(rows) == num_bytes
         return leading(rows, is_known)

@@ -70,7 +70,7 @@ class LruLeaves:
 
     def offer_all(self, rows: RowArray) -> None:
         """Lists those that are candidates."""
-        for row in rows[self._are_candidates(rows) & ~self._is_listed.values[rows]].tolist():
+        for row in rows[self._are_candidates(rows) & ~self._is_listed.values.take(rows)].tolist():
             self.offer(row)
 
     def peek(self) -> int:
@@ -111,7 +111,7 @@ class LruLeaves:
             assert entry >> _ROW_BITS <= self._blocks.last_used.at[entry & _ROW_MASK]
 
     def _are_candidates(self, rows: RowArray) -> NDArray[np.bool_]:
-        return (self._num_children.values[rows] == 0) & self._tier.are_free(rows)
+        return (self._num_children.values.take(rows) == 0) & self._tier.are_free(rows)
 
     def _sort(self) -> None:
         """Brings all entries up to date; a sorted list is a heap."""

@@ -33,8 +33,8 @@ class Leases:
     def sealed_prefix(self, keys: Sequence[bytes], num_bytes: int) -> RowArray:
         """The leading blocks of the keys that can be read in memory now."""
         blocks, rows = self._blocks, self._blocks.find(keys)
-        is_readable = blocks.state.values[rows] == BlockState.SEALED
-        is_readable &= blocks.num_bytes.values[rows] == num_bytes
+        is_readable = blocks.state.values.take(rows) == BlockState.SEALED
+        is_readable &= blocks.num_bytes.values.take(rows) == num_bytes
         return leading(rows, is_readable)
 
     def begin(self, lease_id: int, owner: str, rows: RowArray) -> None:
@@ -48,14 +48,14 @@ class Leases:
         return Leased(
             lease_id=lease_id,
             num_bytes=num_bytes,
-            offsets=self._blocks.offset.values[rows],
-            digests=self._blocks.digest.values[rows],
+            offsets=self._blocks.offset.values.take(rows),
+            digests=self._blocks.digest.values.take(rows),
         )
 
     def end(self, lease_id: int) -> list[int]:
         """Takes the hold away; returns rows of private blocks, which go with whoever read them."""
         rows = self.live.pop(lease_id).rows
-        is_private = self._blocks.is_private.values[rows]
+        is_private = self._blocks.is_private.values.take(rows)
         self._memory.unhold(rows)
         return list(dict.fromkeys(rows[is_private].tolist()))
 

@@ -20,6 +20,9 @@ from services.kvstore.rows import NOBODY
 
 _ROW_BITS = 28  # of a reservation's id; the others count
 _ROW_MASK = 2**_ROW_BITS - 1
+_FULL = Reserved(outcome=ReserveOutcome.FULL)
+_ALREADY_RESERVED = Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
+_ALREADY_SEALED = Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,7 @@ class Reservations:
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         answers: list[Reserved] = []
-        parent: bytes | None = None  # a private block has none
+        parent = NOBODY  # a private block has none
         full = False
         for key in keys:
             row = self._blocks.row_of(key)
@@ -71,12 +74,15 @@ class Reservations:
                 answers.append(self._existing(row))
             elif full or (offset := self._memory.take(num_bytes)) is None:
                 full = True
-                answers.append(Reserved(outcome=ReserveOutcome.FULL))
+                answers.append(_FULL)
             else:
-                row = self._open(key, parent, num_bytes, is_private)
+                self._disk.forget_other(row, num_bytes)
+                row = self._blocks.open(key, parent)  # taking may have evicted either
+                self._blocks.is_private.at[row] = is_private
+                self._blocks.touch(row)
                 self._memory.place(row, offset, num_bytes, BlockState.RESERVED)
                 answers.append(self._claim(owner, row, offset, deadline))
-            parent = None if is_private else key
+            parent = NOBODY if is_private else row
         return answers
 
     def seal(self, owner: str, number: int, digest: int, now: float) -> bool:
@@ -138,18 +144,9 @@ class Reservations:
 
     def _existing(self, row: int) -> Reserved:
         if self._blocks.state.at[row] != BlockState.SEALED:
-            return Reserved(outcome=ReserveOutcome.ALREADY_RESERVED)
+            return _ALREADY_RESERVED
         self._blocks.touch(row)
-        return Reserved(outcome=ReserveOutcome.ALREADY_SEALED)
-
-    def _open(self, key: bytes, parent: bytes | None, num_bytes: int, is_private: bool) -> int:
-        """The row of a block that will be written."""
-        blocks = self._blocks
-        self._disk.forget_other(blocks.row_of(key), num_bytes)
-        row = blocks.open(key, NOBODY if parent is None else blocks.row_of(parent))
-        blocks.is_private.at[row] = is_private
-        blocks.touch(row)
-        return row
+        return _ALREADY_SEALED
 
     def _claim(self, owner: str, row: int, offset: int, deadline: float) -> Reserved:
         number = next(self._ids) << _ROW_BITS | row

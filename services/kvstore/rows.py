@@ -6,6 +6,8 @@ through its memoryview. Knows no blocks.
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +18,10 @@ NAME_NUM_BYTES = 32
 NOBODY = 0  # the row of an unknown name; its values stay 0
 _NAME_WORDS = NAME_NUM_BYTES // 8
 _MIN_ROWS = 1024
+_SPREAD = 4  # buckets a row: names that share one are looked up in turns
 _FACTOR = 0x9E3779B97F4A7C15  # spreads names that differ in few bits; those of blocks are digests
 _MASK = 2**64 - 1
+_unpack = struct.Struct("=4Q").unpack
 
 RowArray = NDArray[np.int64]
 
@@ -45,17 +49,17 @@ class Column:
 
 
 class Rows:
-    """A table with open addressing and linear probing, never more than half full."""
+    """A table with open addressing and linear probing, at most a quarter full."""
 
     def __init__(self) -> None:
         self._names = Column(_MIN_ROWS * _NAME_WORDS, np.uint64)
-        self._buckets = Column(2 * _MIN_ROWS, np.int32)  # rows; NOBODY where nothing is
+        self._buckets = Column(_SPREAD * _MIN_ROWS, np.int32)  # rows; NOBODY where nothing is
         self._columns: list[Column] = []
         self._num_rows = _MIN_ROWS
         self._watermark = NOBODY + 1  # rows handed out at least once
         self._returned: list[int] = []
         self._num_named = 0
-        self._shift = _shift(2 * _MIN_ROWS)
+        self._shift = _shift(_SPREAD * _MIN_ROWS)
 
     def __len__(self) -> int:
         return self._num_named
@@ -75,8 +79,10 @@ class Rows:
                 self._grow()
             row = self._watermark
             self._watermark += 1
-        self._write_name(row, name)
-        self._buckets.at[self._bucket(name)] = row
+        words = _unpack(name.ljust(NAME_NUM_BYTES, b"\0"))
+        first, names = row * _NAME_WORDS, self._names.at
+        names[first], names[first + 1], names[first + 2], names[first + 3] = words
+        self._buckets.at[self._bucket(words)] = row
         self._num_named += 1
         return row
 
@@ -102,22 +108,21 @@ class Rows:
         """The row of each name, NOBODY where there is none. [num_names]"""
         wanted = np.frombuffer(_join(names), dtype=np.uint64).reshape(-1, _NAME_WORDS)
         known = self._names.values.reshape(-1, _NAME_WORDS)
-        buckets, mask = self._buckets.values, np.uint64(len(self._buckets.values) - 1)
+        buckets, last = self._buckets.values, len(self._buckets.values) - 1
         at = self._homes(wanted)
-        rows = buckets[at].astype(np.int64)
-        is_other = (known[rows] != wanted).any(axis=1) & (rows != NOBODY)
-        pending = np.flatnonzero(is_other)
+        rows = buckets.take(at).astype(np.int64)
+        pending = np.flatnonzero((rows != NOBODY) & _differ(known.take(rows, axis=0), wanted))
         while len(pending):
-            at = (at[is_other] + np.uint64(1)) & mask
-            found = buckets[at]
+            at[pending] = (at.take(pending) + 1) & last
+            found = buckets.take(at.take(pending))
             rows[pending] = found
-            is_other = (known[found] != wanted[pending]).any(axis=1) & (found != NOBODY)
-            pending = pending[is_other]
+            others = known.take(found, axis=0)
+            pending = pending[(found != NOBODY) & _differ(others, wanted.take(pending, axis=0))]
         return rows
 
     def row_of(self, name: bytes) -> int:
         """The row of one name, or NOBODY."""
-        return self._buckets.at[self._bucket(name)]
+        return self._buckets.at[self._bucket(_unpack(name.ljust(NAME_NUM_BYTES, b"\0")))]
 
     def name_of(self, row: int) -> bytes:
         """The name a row has, or had last."""
@@ -136,32 +141,27 @@ class Rows:
         for row in named.tolist():
             assert self.row_of(self.name_of(row)) == row, "a name leads to another row"
 
-    def _bucket(self, name: bytes) -> int:
+    def _bucket(self, words: tuple[int, ...]) -> int:
         """Where the row of a name is, or would be."""
-        words = _words(name)
-        names, buckets, mask = self._names.at, self._buckets.at, len(self._buckets.at) - 1
-        at = self._home_of(words)
+        a, b, c, d = words
+        names, buckets = self._names.at, self._buckets.at
+        at = ((a ^ b ^ c ^ d) * _FACTOR & _MASK) >> self._shift
         while row := buckets[at]:
             first = row * _NAME_WORDS
-            if names[first] == words[0] and names[first : first + _NAME_WORDS] == words:
+            # One word nearly always tells two names apart.
+            if names[first] == a and tuple(names[first : first + _NAME_WORDS]) == words:
                 break
-            at = (at + 1) & mask
+            at = (at + 1) & (len(buckets) - 1)
         return at
 
     def _home(self, row: int) -> int:
-        return self._home_of(self._names.at[row * _NAME_WORDS : (row + 1) * _NAME_WORDS])
-
-    def _home_of(self, words: memoryview[int]) -> int:
-        a, b, c, d = words
+        a, b, c, d = self._names.at[row * _NAME_WORDS : (row + 1) * _NAME_WORDS]
         return ((a ^ b ^ c ^ d) * _FACTOR & _MASK) >> self._shift
 
-    def _homes(self, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    def _homes(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
         """The same for many names, [num_names, 4]."""
         mixed = words[:, 0] ^ words[:, 1] ^ words[:, 2] ^ words[:, 3]
-        return (mixed * np.uint64(_FACTOR)) >> np.uint64(self._shift)
-
-    def _write_name(self, row: int, name: bytes) -> None:
-        self._names.at[row * _NAME_WORDS : (row + 1) * _NAME_WORDS] = _words(name)
+        return ((mixed * np.uint64(_FACTOR)) >> np.uint64(self._shift)).astype(np.int64)
 
     def _grow(self) -> None:
         self._num_rows *= 2
@@ -169,15 +169,21 @@ class Rows:
             column.grow(self._num_rows)
         self._names.grow(self._num_rows * _NAME_WORDS)
         pending = self.named()
-        self._buckets = Column(2 * self._num_rows, np.int32)
-        self._shift = _shift(2 * self._num_rows)
-        buckets, mask = self._buckets.values, np.uint64(2 * self._num_rows - 1)
+        self._buckets = Column(_SPREAD * self._num_rows, np.int32)
+        self._shift = _shift(_SPREAD * self._num_rows)
+        buckets = self._buckets.values
         at = self._homes(self._names.values.reshape(-1, _NAME_WORDS)[pending])
         while len(pending):  # a bucket that several rows want goes to the one written last
             is_free = buckets[at] == NOBODY
             buckets[at[is_free]] = pending[is_free]
             has_lost = buckets[at] != pending
-            pending, at = pending[has_lost], (at[has_lost] + np.uint64(1)) & mask
+            pending, at = pending[has_lost], (at[has_lost] + 1) & (len(buckets) - 1)
+
+
+def _differ(names: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether two names are not the same, row by row; a reduction over the axis is slower."""
+    words = (names[:, word] != others[:, word] for word in range(_NAME_WORDS))
+    return functools.reduce(np.bitwise_or, words)
 
 
 def _shift(num_buckets: int) -> int:
@@ -196,7 +202,3 @@ def _join(names: Sequence[bytes]) -> bytes:
     if len(joined) == NAME_NUM_BYTES * len(names):
         return joined
     return b"".join(name.ljust(NAME_NUM_BYTES, b"\0") for name in names)
-
-
-def _words(name: bytes) -> memoryview[int]:
-    return memoryview(name.ljust(NAME_NUM_BYTES, b"\0")).cast("L")

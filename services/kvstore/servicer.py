@@ -139,14 +139,12 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._callers.require(request.incarnation)
         self._check_open()
         leased = await self._look_up(request, max_wait_s)
-        blocks = [
-            kvstore_pb2.LeasedBlock(
-                slot=kvstore_pb2.Slot(offset=block.offset, num_bytes=block.num_bytes),
-                digest=block.digest,
-            )
-            for block in leased.blocks
-        ]
-        return kvstore_pb2.LookupResponse(lease_id=leased.lease_id, blocks=blocks)
+        return kvstore_pb2.LookupResponse(
+            lease_id=leased.lease_id,
+            offsets=leased.offsets.tolist(),
+            digests=leased.digests.tolist(),
+            num_bytes=leased.num_bytes,
+        )
 
     async def Release(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.ReleaseRequest, context: object
@@ -170,7 +168,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         return kvstore_pb2.DiscardResponse(num_dropped=self._index.discard(request.keys))
 
     async def _look_up(self, request: kvstore_pb2.LookupRequest, max_wait_s: float) -> Leased:
-        owner, keys, num_bytes = request.incarnation, request.keys, request.num_bytes
+        owner, keys, num_bytes = request.incarnation, list(request.keys), request.num_bytes
         if self._mover is None:
             return self._index.lookup(owner, keys, num_bytes, ttl_s=request.ttl_s)
         return await self._mover.lookup(

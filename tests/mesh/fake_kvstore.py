@@ -99,13 +99,12 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._next += 1
         self.num_leases += 1
         self.leases[self._next] = found
-        answer = kvstore_pb2.LookupResponse(lease_id=self._next)
-        for key in found:
-            slot, digest = self.sealed[key]
-            answer.blocks.add(
-                slot=kvstore_pb2.Slot(offset=slot * BLOCK, num_bytes=BLOCK), digest=digest
-            )
-        return answer
+        return kvstore_pb2.LookupResponse(
+            lease_id=self._next,
+            offsets=[self.sealed[key][0] * BLOCK for key in found],
+            digests=[self.sealed[key][1] for key in found],
+            num_bytes=BLOCK,
+        )
 
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.corrupt += request.corrupt_keys

@@ -125,8 +125,8 @@ async def test_the_whole_protocol(service: Service) -> None:
     seal = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=[2**64 - 1, 7])
     assert list((await service.stub.Seal(seal)).sealed) == [True, True]
     leased = await service.stub.Lookup(lookup_request())
-    assert [b.digest for b in leased.blocks] == [2**64 - 1, 7]
-    assert [b.slot for b in leased.blocks] == [first.slot, second.slot]
+    assert list(leased.digests) == [2**64 - 1, 7] and leased.num_bytes == SIZE
+    assert list(leased.offsets) == [first.slot.offset, second.slot.offset]
     release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
     held, expired = pb.ReleaseResponse.OUTCOME_HELD, pb.ReleaseResponse.OUTCOME_EXPIRED
     assert (await service.stub.Release(release)).outcome == held
