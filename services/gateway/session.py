@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import grpc
 
@@ -29,6 +29,9 @@ from services.gateway.instance import Instance
 
 log = logging.getLogger("kvmesh.gateway")
 
+SessionCall: TypeAlias = (
+    "grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse]"
+)
 END = grpc.aio.EOF  # pyright: ignore[reportAttributeAccessIssue] - grpcio's types lack it
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 1.0
@@ -65,7 +68,6 @@ class RankSession:
         self._mailboxes: dict[int, Mailbox] = {}
         self._commands: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue()
         self._is_open = False
-        self._lost_reason = ""
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -122,36 +124,40 @@ class RankSession:
         """Opens the stream and reads it to its end; returns whether it was ever open."""
         self._commands = asyncio.Queue()
         call = self._stub.Session()
-        writer: asyncio.Task[None] | None = None
-        error = self._lost("the rank ended the session")
-        was_open = False
+        # A loss cancels the reading, not the call: grpc's wait for a connection never ends when its
+        # call is cancelled under it, and the rank would be lost for ever.
+        reading = asyncio.ensure_future(self._read(call))
+        losses: list[str] = []
 
         def reset(reason: str) -> None:
-            self._lost_reason = reason
-            call.cancel()
+            losses.append(reason)
+            reading.cancel()
 
+        error = self._lost("the gateway closed the session")
         try:
             with self.instance.when_lost(reset):
-                await call.wait_for_connection()
-                was_open = self._is_open = True
-                log.info("session with %s is open", self.instance.address)
-                self._on_change()
-                writer = asyncio.ensure_future(_write(call, self._commands))
-                while (response := await call.read()) is not END:
-                    self._dispatch(response)
-        except grpc.RpcError as rpc_error:
-            error = self._lost(str(from_rpc_error(rpc_error)))
-        except asyncio.CancelledError:
-            if not self._lost_reason:  # this task is being cancelled, not the call by reset
-                raise
-            error = self._lost(self._lost_reason)
-            self._lost_reason = ""
+                await asyncio.wait({reading})
+            why = _end_of(reading)
+            error = self._lost(losses[0] if losses else why)
         finally:
+            reading.cancel()
             call.cancel()
-            if writer is not None:
-                writer.cancel()
+            was_open = self._is_open
             self._end(error)
         return was_open
+
+    async def _read(self, call: SessionCall) -> None:
+        """Waits for the connection, then takes all that the rank says."""
+        await call.wait_for_connection()
+        self._is_open = True
+        log.info("session with %s is open", self.instance.address)
+        self._on_change()
+        writer = asyncio.ensure_future(_write(call, self._commands))
+        try:
+            while (response := await call.read()) is not END:
+                self._dispatch(response)  # pyright: ignore[reportArgumentType] - not END
+        finally:
+            writer.cancel()
 
     def _dispatch(self, response: decode_pb2.SessionResponse) -> None:
         mailboxes = self._mailboxes
@@ -189,14 +195,24 @@ class RankSession:
         )
 
 
-async def _write(
-    call: grpc.aio.StreamStreamCall[decode_pb2.SessionRequest, decode_pb2.SessionResponse],
-    commands: asyncio.Queue[decode_pb2.SessionRequest],
-) -> None:
+async def _write(call: SessionCall, commands: asyncio.Queue[decode_pb2.SessionRequest]) -> None:
     """Sends commands until the call is over; the reader hears why."""
     with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
         while True:
             await call.write(await commands.get())
+
+
+def _end_of(reading: asyncio.Task[None]) -> str:
+    """Why a stream ended that nobody has reset."""
+    if reading.cancelled():
+        return "the stream was cancelled"
+    error = reading.exception()
+    if error is None:
+        return "the rank ended the session"
+    if isinstance(error, grpc.RpcError):
+        return str(from_rpc_error(error))
+    log.error("a session could not be read", exc_info=error)
+    return f"the stream could not be read: {error!r}"
 
 
 def _rejection(rejected: decode_pb2.Rejected) -> KvmeshError:

@@ -44,3 +44,34 @@ async def test_attempts_on_an_absent_rank_leave_nothing_behind(
     await asyncio.sleep(0)  # lets finalizers of collected generators run
     assert problems == []
     assert not session.is_open
+
+
+async def test_a_rank_lost_while_its_session_opens_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """grpc's wait for a connection never ends when its call was cancelled just before."""
+    monkeypatch.setattr(session_module, "MIN_BACKOFF_S", 0.001)
+    instance = Instance(status_pb2.ROLE_DECODE, "rank:1", open_channel("127.0.0.1:1"))
+    session = RankSession(instance, on_change=lambda: None)
+    waits, again = [], asyncio.Event()
+
+    class DeafCall:
+        async def wait_for_connection(self) -> None:
+            waits.append(self)
+            if len(waits) == 2:
+                again.set()
+            asyncio.get_running_loop().call_soon(lambda: instance.lose("silent"))
+            await asyncio.Event().wait()
+
+        def cancel(self) -> None:
+            """Does not end the wait."""
+
+    class DeafStub:
+        def Session(self) -> DeafCall:  # noqa: N802 - gRPC method name
+            return DeafCall()
+
+    session._stub = DeafStub()  # type: ignore[assignment]
+    session.start()
+    await asyncio.wait_for(again.wait(), 20)
+    await session.close()
+    await instance.channel.close()
