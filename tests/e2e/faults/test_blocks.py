@@ -99,13 +99,13 @@ def test_a_store_that_takes_nothing_costs_only_recomputation(
 ) -> None:
     mesh, gate = gated_mesh, gated_mesh.gate("prefill", gated_mesh.kvstores[0])
     num_rewritten = 0
+    refusal = kvstore_pb2.Reservation(outcome=outcome)
 
     def refuse(message: bytes) -> bytes:
         nonlocal num_rewritten
         response = kvstore_pb2.ReserveResponse.FromString(message)
         for reservation in response.reservations:
-            reservation.Clear()
-            reservation.outcome = kvstore_pb2.Reservation.Outcome.Value(outcome)
+            reservation.CopyFrom(refusal)
             num_rewritten += 1
         return response.SerializeToString()
 

@@ -30,7 +30,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
 
 
 class Load:
-    """Requests of every kind in a loop; `num_done` counts whole rounds, `failures` says what broke."""
+    """Requests of every kind in a loop; `num_done` counts rounds, `failures` says what broke."""
 
     def __init__(self, mesh: Mesh, mixture: Mixture) -> None:
         self._mesh, self._mixture = mesh, mixture
