@@ -1,0 +1,97 @@
+"""Time from SIGKILL of a decode rank to the next token at the client, p50 and p99, on a CPU.
+
+Correctness first: every stream must end with exactly the tokens of an undisturbed run. Two ranks
+serve; the busy one is killed while a stream runs, and started again before the next turn. Tokens
+that were on their way when the rank died arrive at once, so the time counted is until the first
+token after the longest silence that follows the kill. Run it with `--out FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import random
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from tests.support.books import Books
+from tests.support.generate import Answer, generate, sampled_request
+from tests.support.injectors import kill, revive
+from tests.support.mesh import ROOT, Mesh, running_mesh
+from tests.support.mixture import salted
+
+PROMPT_LEN, NUM_TOKENS, VOCAB_SIZE = 200, 400, 4096
+
+
+def one_kill(mesh: Mesh, answer: Answer, expected: list[int], kill_after: int) -> tuple[float, int]:
+    """Seconds of silence after a kill in mid-stream, and the tokens that came before it."""
+    prompt_rng = random.Random(1)
+    prompt = [prompt_rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_LEN)]
+    request = salted(sampled_request(prompt, NUM_TOKENS, seed=9))
+    killed_at, num_before, victim, arrivals = 0.0, 0, None, []
+    for response in mesh.generation.Generate(request, timeout=60):
+        answer.add(response)
+        if victim is not None:
+            arrivals.append(time.perf_counter())
+        elif len(answer.tokens.get(0, [])) >= kill_after:
+            victim = max(mesh.decodes, key=lambda p: mesh.status(p.address).counts.num_requests)
+            num_before = len(answer.tokens[0])
+            killed_at = time.perf_counter()
+            kill(victim)
+    assert victim is not None and answer.tokens[0] == expected, "the tokens are not the same"
+    moments = [killed_at, *arrivals]
+    gaps = [(after - before, after) for before, after in itertools.pairwise(moments)]
+    silence_s = max(gaps)[1] - killed_at
+    revive(mesh, victim)
+    return silence_s, num_before
+
+
+def measure(num_kills: int) -> list[float]:
+    """Silence of every kill, in seconds."""
+    rng = random.Random(3)
+    with running_mesh(ROOT / "models" / "demo", num_prefill=1, num_decode=2) as mesh:
+        prompt_rng = random.Random(1)
+        prompt = [prompt_rng.randrange(VOCAB_SIZE) for _ in range(PROMPT_LEN)]
+        expected = generate(mesh, sampled_request(prompt, NUM_TOKENS, seed=9)).tokens[0]
+        books = Books(mesh)
+        silences = []
+        for turn in range(num_kills):
+            silence_s, num_before = one_kill(mesh, Answer(), expected, rng.randrange(20, 250))
+            silences.append(silence_s)
+            books.lose()
+            books.settle(expects_promises=True, timeout_s=30)
+            print(f"kill {turn + 1}: after {num_before} tokens, {1000 * silence_s:.0f} ms")
+        return silences
+
+
+def main() -> None:
+    """Parses flags, measures, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=40)
+    parser.add_argument("--out", type=Path, required=True)
+    flags = parser.parse_args()
+    silences_ms = sorted(1000 * silence_s for silence_s in measure(flags.kills))
+    result = {
+        "what": "SIGKILL of a decode rank to the next token at the client, one stream, demo model",
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": platform.machine(),
+        "torch": torch.__version__,
+        "num_kills": len(silences_ms),
+        "prompt_len": PROMPT_LEN,
+        "num_tokens": NUM_TOKENS,
+        "p50_ms": round(statistics.median(silences_ms), 1),
+        "p99_ms": round(silences_ms[min(len(silences_ms) - 1, int(0.99 * len(silences_ms)))], 1),
+        "max_ms": round(silences_ms[-1], 1),
+        "num_wrong_tokens": 0,
+    }
+    flags.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
