@@ -35,7 +35,14 @@ def _has_blocks(message: bytes) -> bool:
     return len(kvstore_pb2.LookupResponse.FromString(message).blocks) >= 2
 
 
-@pytest.mark.parametrize("change", [_flip, _truncate, None], ids=["flip", "truncate", "duplicate"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(_flip, id="flip"),
+        pytest.param(_truncate, id="truncate", marks=pytest.mark.slow),
+        pytest.param(None, id="duplicate", marks=pytest.mark.slow),
+    ],
+)
 def test_a_changed_block_is_reported_and_computed_again(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, change: Callable[[bytes], bytes] | None
 ) -> None:
@@ -59,6 +66,7 @@ def test_a_changed_block_is_reported_and_computed_again(
     books.settle()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["offset", "num_bytes"])
 def test_slots_outside_the_arena_are_not_read(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, field: str
@@ -93,7 +101,10 @@ def test_a_lease_that_did_not_hold_gives_no_token(
     books.settle()
 
 
-@pytest.mark.parametrize("outcome", ["OUTCOME_FULL", "OUTCOME_ALREADY_RESERVED"])
+@pytest.mark.parametrize(
+    "outcome",
+    ["OUTCOME_FULL", pytest.param("OUTCOME_ALREADY_RESERVED", marks=pytest.mark.slow)],
+)
 def test_a_store_that_takes_nothing_costs_only_recomputation(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, outcome: str
 ) -> None:

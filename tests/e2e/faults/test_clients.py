@@ -24,12 +24,18 @@ LEAVINGS = {
 }
 
 
-DEFAULT = {("deadline", "get"), ("deadline", "mid-stream"), ("reset", "put"), ("reset", "queued")}
+DEFAULT = {
+    ("cancel", "queued"),
+    ("cancel", "get"),
+    ("cancel", "mid-stream"),
+    ("deadline", "get"),
+    ("reset", "put"),
+}
 CASES = [
     pytest.param(
         *(leaving, phase),
         id=f"{leaving}-{phase}".replace(" ", "-"),
-        marks=() if leaving == "cancel" or (leaving, phase) in DEFAULT else pytest.mark.slow,
+        marks=() if (leaving, phase) in DEFAULT else pytest.mark.slow,
     )
     for leaving in LEAVINGS
     for phase in PHASES

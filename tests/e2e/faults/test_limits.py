@@ -12,7 +12,13 @@ from tests.support.mixture import Mixture
 DAY_S = 86_400
 
 
-@pytest.mark.parametrize("role", ["gateway", "prefill", "decode", "kvstore"])
+@pytest.mark.parametrize(
+    "role",
+    [
+        "decode",
+        *(pytest.param(r, marks=pytest.mark.slow) for r in ("gateway", "prefill", "kvstore")),
+    ],
+)
 def test_a_process_without_free_descriptors_serves_whom_it_knows(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, role: str
 ) -> None:
@@ -29,7 +35,13 @@ def test_a_process_without_free_descriptors_serves_whom_it_knows(
     books.settle()
 
 
-@pytest.mark.parametrize("jumps_s", [(DAY_S,), (-DAY_S, 3 * DAY_S)], ids=["forward", "to-and-fro"])
+@pytest.mark.parametrize(
+    "jumps_s",
+    [
+        pytest.param((-DAY_S, 3 * DAY_S), id="to-and-fro"),
+        pytest.param((DAY_S,), id="forward", marks=pytest.mark.slow),
+    ],
+)
 def test_wall_clocks_that_jump_change_nothing(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, jumps_s: tuple[int, ...]
 ) -> None:

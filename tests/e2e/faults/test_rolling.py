@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.books import Books
+from tests.support.gated_mesh import GatedMesh
 from tests.support.injectors import incarnation_of
 from tests.support.mesh import Mesh, Process, running_mesh, wait_ready
 from tests.support.mixture import Mixture
@@ -76,6 +77,21 @@ def _roll(mesh: Mesh, process: Process) -> None:
     assert incarnation_of(successor) != incarnation_of(process)
 
 
+def test_one_of_two_peers_drains_under_load_without_a_failed_request(
+    gated_mesh: GatedMesh, mixture: Mixture, books: Books
+) -> None:
+    mesh = gated_mesh
+    load = Load(mesh, mixture)
+    with load.running():
+        for process in (mesh.decodes[0], mesh.prefills[0]):
+            load.wait_rounds(1)
+            _roll(mesh, process)
+            books.lose()
+        load.wait_rounds(1)
+    books.settle(expects_promises=True)
+
+
+@pytest.mark.slow
 def test_every_worker_and_store_is_restarted_under_load_without_a_failed_request(
     mesh: Mesh,
 ) -> None:
@@ -92,6 +108,7 @@ def test_every_worker_and_store_is_restarted_under_load_without_a_failed_request
     books.settle(expects_promises=True, timeout_s=40.0)
 
 
+@pytest.mark.slow
 def test_a_gateway_finishes_its_requests_before_it_ends(mesh: Mesh) -> None:
     mixture = Mixture(mesh)
     streams = mixture.start(mesh)

@@ -56,6 +56,7 @@ def test_what_a_woken_rank_says_is_dropped(
     mixture.verify(mixture.start(mesh))
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_be_heard_goes_on_in_vain(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books
 ) -> None:
@@ -77,7 +78,7 @@ def test_a_rank_that_cannot_be_heard_goes_on_in_vain(
     mixture.verify(mixture.start(mesh))
 
 
-@pytest.mark.parametrize("user", ["gateway", "decode"])
+@pytest.mark.parametrize("user", ["gateway", pytest.param("decode", marks=pytest.mark.slow)])
 def test_a_cut_path_moves_the_work_or_recomputes(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books, user: str
 ) -> None:
