@@ -1,7 +1,6 @@
-"""A TCP relay in front of one address, for clients whose connection breaks or stalls.
+"""A TCP relay in front of one address, for clients whose connection breaks.
 
-Owns the sockets. `reset` ends connections as a crashed client's kernel would; `stalled` stops
-reading what the server sends.
+Owns the sockets. `reset` ends connections as a crashed client's kernel would.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import contextlib
 import socket
 import struct
 import threading
-from collections.abc import Iterator
 
 CHUNK_NUM_BYTES = 65536
 
@@ -24,15 +22,12 @@ class Relay:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._flows = threading.Event()
-        self._flows.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Relay:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._flows.set()
         # close() alone would leave accept() waiting in its thread.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -50,15 +45,6 @@ class Relay:
                 end.close()
         return len(pairs)
 
-    @contextlib.contextmanager
-    def stalled(self) -> Iterator[None]:
-        """Nothing the server sends is read while inside."""
-        self._flows.clear()
-        try:
-            yield
-        finally:
-            self._flows.set()
-
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -67,16 +53,12 @@ class Relay:
                 for end in (client, server):
                     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._pairs.append((client, server))
-                for source, sink, stalls in ((client, server, False), (server, client, True)):
-                    threading.Thread(
-                        target=self._carry, args=(source, sink, stalls), daemon=True
-                    ).start()
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket, stalls: bool) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(CHUNK_NUM_BYTES):
-                if stalls:
-                    self._flows.wait()
                 sink.sendall(data)
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)

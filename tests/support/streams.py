@@ -6,6 +6,8 @@ Owns one thread a call. An answer is compared whole: tokens, text, log probabili
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import grpc
 
@@ -29,6 +31,8 @@ class Stream:
         self.answer = Answer()
         self.error: grpc.RpcError | None = None
         self._news = threading.Condition()
+        self._reads = threading.Event()
+        self._reads.set()
         self._is_over = False
         self._call = stub.Generate(request, timeout=timeout_s)
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -51,6 +55,15 @@ class Stream:
                 lambda: self._is_over or self.num_tokens >= num_tokens, timeout_s
             )
         assert enough and self.num_tokens >= num_tokens, (self.num_tokens, self.error)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Takes no message while inside: windows fill, and the server has to wait."""
+        self._reads.clear()
+        try:
+            yield
+        finally:
+            self._reads.set()
 
     def cancel(self) -> None:
         """The client cancels."""
@@ -81,6 +94,7 @@ class Stream:
                 with self._news:
                     self.answer.add(response)
                     self._news.notify_all()
+                self._reads.wait()
         except grpc.RpcError as error:
             self.error = error
         with self._news:
