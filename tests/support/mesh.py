@@ -52,10 +52,12 @@ class Process:
         return "\n".join(self.lines[-40:])
 
 
-def spawn(role: str, *flags: str, env: dict[str, str] | None = None) -> Process:
-    """Starts `python -m services.ROLE` without waiting for it."""
+def spawn(
+    role: str, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> Process:
+    """Starts `python -m services.ROLE`, behind a command that runs it, without waiting for it."""
     popen = subprocess.Popen(
-        [sys.executable, "-m", f"services.{role}", *flags],
+        [*prefix, sys.executable, "-m", f"services.{role}", *flags],
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
         stdout=subprocess.PIPE,

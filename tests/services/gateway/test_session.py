@@ -60,6 +60,7 @@ async def test_a_rank_lost_while_its_session_opens_is_tried_again(
             waits.append(self)
             if len(waits) == 2:
                 again.set()
+            asyncio.get_running_loop().call_soon(lambda: instance.lose("silent"))
             await asyncio.Event().wait()
 
         def cancel(self) -> None:
@@ -67,7 +68,6 @@ async def test_a_rank_lost_while_its_session_opens_is_tried_again(
 
     class DeafStub:
         def Session(self) -> DeafCall:  # noqa: N802 - gRPC method name
-            asyncio.get_running_loop().call_soon(lambda: instance.lose("silent"))
             return DeafCall()
 
     session._stub = DeafStub()  # type: ignore[assignment]
