@@ -8,6 +8,7 @@ acknowledged when that transfer is over, not before: the store reuses the slot t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,11 +22,18 @@ _DIGEST_MASK = 2**64 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Slot:
-    """Where a store wants a block."""
+    """Where a life of a store wants a block, until expires_at on the monotonic clock."""
 
     shard: Shard
+    life: str
     reservation_id: int
     offset: int
+    expires_at: float
+
+    def holds_until(self, deadline: Deadline) -> bool:
+        """Whether a WRITE that ends by the deadline still finds it reserved."""
+        ends_at = time.monotonic() + deadline.remaining_s
+        return self.shard.life == self.life and ends_at < self.expires_at
 
 
 @dataclass(slots=True, kw_only=True)
@@ -84,16 +92,26 @@ class Publish:
 
     async def _send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
         indices = range(first, first + len(block_ids))
-        # Of what had another writer, or a store in trouble, then.
+        old = [
+            self._slots.pop(index)
+            for index in indices
+            if index in self._slots and not self._slots[index].holds_until(deadline)
+        ]
+        if old:
+            with contextlib.suppress(*TROUBLE):
+                await self._give_back_slots(old)
+        # Given back just now, or what had another writer, or a store in trouble, then.
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
         if missing:
             await self._ask(missing, deadline)
         blocks = dict(zip(indices, block_ids, strict=True))
-        parts: dict[Shard, _Part] = {}
+        parts: dict[tuple[Shard, str], _Part] = {}
         for index in indices:
             slot = self._slots.pop(index, None)
             if slot is not None:
-                part = parts.setdefault(slot.shard, _Part(shard=slot.shard, indices=[], slots=[]))
+                part = parts.setdefault(
+                    (slot.shard, slot.life), _Part(shard=slot.shard, indices=[], slots=[])
+                )
                 part.indices.append(index)
                 part.slots.append(slot)
         digests: dict[int, int] = {}
@@ -147,6 +165,8 @@ class Publish:
             is_private=self._is_private,
             ttl_s=self._ttl_s,
         )
+        # From here, not from the answer: the store's clock for it began later.
+        life, expires_at = shard.life, time.monotonic() + self._ttl_s
         response = await shard.call("Reserve", request, deadline.remaining_s)
         grant = _Grant()
         for index, reservation in zip(indices, response.reservations, strict=False):
@@ -157,14 +177,16 @@ class Publish:
             elif self._shards.fits(shard, reservation.slot.offset, reservation.slot.num_bytes):
                 grant.slots[index] = _Slot(
                     shard=shard,
+                    life=life,
                     reservation_id=reservation.reservation_id,
                     offset=reservation.slot.offset,
+                    expires_at=expires_at,
                 )
         return grant
 
     async def _digest(
         self,
-        parts: dict[Shard, _Part],
+        parts: dict[tuple[Shard, str], _Part],
         blocks: dict[int, int],
         digests: dict[int, int],
         deadline: Deadline,
@@ -191,6 +213,7 @@ class Publish:
                 num_bytes,
                 deadline.remaining_s,
                 remember,
+                life=part.slots[0].life,
             )
         except TROUBLE:
             return

@@ -39,6 +39,7 @@ class _Lease:
     """
 
     shard: Shard
+    life: str
     lease_id: int
     indices: list[int]
     offsets: list[int]
@@ -113,6 +114,7 @@ class Pull:
             ttl_s=self._deadline.ttl_s,
             max_wait_s=min(_MAX_WAIT_S, self._deadline.remaining_s / 2),
         )
+        life = shard.life
         response = await shard.call("Lookup", request, self._deadline.remaining_s)
         offsets, digests = list(response.offsets), list(response.digests)
         num_found = min(len(offsets), len(digests), len(indices))
@@ -123,6 +125,7 @@ class Pull:
             self._fail("slot", num_found - num_good)
         return _Lease(
             shard=shard,
+            life=life,
             lease_id=response.lease_id,
             indices=indices[:num_good],
             offsets=offsets[:num_good],
@@ -141,6 +144,7 @@ class Pull:
                 num_bytes,
                 self._deadline.remaining_s,
                 lambda settled: self._hold(local_ids, settled),
+                life=lease.life,
             )
         except TROUBLE as error:
             reason = "timeout" if isinstance(error, TransferTimeout) else "read"

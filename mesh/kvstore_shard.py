@@ -60,6 +60,11 @@ class Shard:
         """Length of the store's arena; 0 before the first connection."""
         return self._peer.arena_num_bytes if self._peer else 0
 
+    @property
+    def life(self) -> str:
+        """Which life of the store is connected: slots and leases are that life's alone."""
+        return self._peer.name if self._peer else ""
+
     async def run(self) -> None:
         """Connects, waits for a loss, backs off, for ever. The back-off bounds peer changes too."""
         back_off_s = _FIRST_BACK_OFF_S
@@ -119,9 +124,12 @@ class Shard:
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate,
+        *,
+        life: str,
     ) -> None:
-        """NIXL READ from the store. TransferError as in Transfer.read."""
-        await self._move(self._transfer.read, local, remote, num_bytes, deadline_s, on_late)
+        """NIXL READ from this life of the store. TransferError as in Transfer.read."""
+        move = self._transfer.read
+        await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
 
     async def write(
         self,
@@ -130,9 +138,12 @@ class Shard:
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate,
+        *,
+        life: str,
     ) -> None:
-        """NIXL WRITE into the store. TransferError as in Transfer.write."""
-        await self._move(self._transfer.write, local, remote, num_bytes, deadline_s, on_late)
+        """NIXL WRITE into this life of the store. TransferError as in Transfer.write."""
+        move = self._transfer.write
+        await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
 
     async def close(self) -> None:
         """Forgets the store; `run` must have ended."""
@@ -150,10 +161,13 @@ class Shard:
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate,
+        life: str,
     ) -> None:
         peer = self._peer
         if peer is None or self.state is not ShardState.UP:
             raise TransferError(self.address, self.state.value)
+        if peer.name != life:
+            raise TransferError(self.address, "restarted since it granted this")
         try:
             await move(peer.name, local, remote, num_bytes, deadline_s, on_late)
         except TransferError as error:

@@ -43,6 +43,10 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._next = 1
         self._free = list(range(NUM_BLOCKS))
 
+    def hide_slots(self, num_slots: int) -> None:
+        """Never grants those that would come first."""
+        del self._free[-num_slots:]
+
     async def Connect(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.connected.add(request.agent.incarnation)
         return kvstore_pb2.ConnectResponse(agent=agent_to_wire(self.transfer.agent))

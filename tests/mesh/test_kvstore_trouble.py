@@ -298,3 +298,36 @@ async def test_slots_that_come_after_the_end_are_given_back(mesh: Mesh) -> None:
     await reserving
     await mesh.close()
     assert not mesh.stores[0].reserved
+
+
+async def test_nothing_is_written_into_slots_that_may_have_expired(mesh: Mesh) -> None:
+    client = await mesh.started()
+    data, (store,) = mesh.fill(2), mesh.stores
+    publish = client.publish(keys_of(2))
+    await publish.reserve(Deadline(PATIENCE_S))
+    old = [slot for _, slot, _ in store.reserved.values()]
+    store.reserved.clear()  # their time is over, and they are another's
+    assert await publish.send(0, [0, 1], Deadline(200.0)) == 2  # a WRITE may take longer than that
+    publish.close()
+    blocks = store.transfer.arena.reshape(NUM_BLOCKS, BLOCK)
+    assert not blocks[old].any()
+    assert b"".join(blocks[store.sealed[key][0]].tobytes() for key in keys_of(2)) == data
+
+
+async def test_a_slot_is_of_the_life_of_the_store_that_granted_it(mesh: Mesh) -> None:
+    client = await mesh.started()
+    mesh.fill(2)
+    publish = client.publish(keys_of(2))
+    await publish.reserve(Deadline(PATIENCE_S))
+    (address,) = client.states
+    await mesh.stop(address)
+    mesh.stores[0].reserved.clear()  # gone with it
+    assert (await mesh.pull(client, keys_of(1))).failures == ("lookup",)
+    again = Store(CopyTransfer(mesh.network, "reborn", NUM_BLOCKS))
+    again.hide_slots(2)  # where the old life's were
+    await mesh.serve(again, int(address.rpartition(":")[2]))
+    assert await client.until_up(PATIENCE_S)
+    assert await publish.send(0, [0, 1], Deadline(PATIENCE_S)) == 2
+    publish.close()
+    written = mesh.network.arenas["reborn"].reshape(NUM_BLOCKS, BLOCK).any(axis=1)
+    assert {int(i) for i in np.flatnonzero(written)} == {again.sealed[key][0] for key in keys_of(2)}
