@@ -441,22 +441,32 @@ inline leave_lease(r) {
     read[r].holds = false
 }
 
-/* Verifies what reader r has read; failed: it must not be used. */
-inline finish(r) {
-    for (i : 0 .. PARTS - 1) { ok = ok && IS_VERIFIED(read[r].memory[i] == read[r].digest) };
-    read[r].failed = !ok;
-    if
-    :: ok -> printf("reader %d: may use what it read\n", r)
-    :: else -> printf("reader %d: must not use what it read\n", r)
-    fi
-}
 #define HAS_READ (!read[r].on && !read[r].failed)
 
 /* The bytes that reader r uses must be those that its key stands for. */
 inline use(r) {
     for (i : 0 .. PARTS - 1) { assert(!ok || read[r].memory[i] == read[r].key) };
-    skip
+    forget_read(r)
 }
+
+/* Verifies what reader r has read if its lease held, and uses it if it is right. */
+inline finish(r) {
+    for (i : 0 .. PARTS - 1) { ok = ok && IS_VERIFIED(read[r].memory[i] == read[r].digest) };
+    if
+    :: ok -> printf("reader %d: may use what it read\n", r)
+    :: else -> printf("reader %d: must not use what it read\n", r)
+    fi;
+#ifdef NO_HOLD /* some time later */
+    read[r].failed = !ok
+#else
+    use(r)
+#endif
+}
+#ifdef NO_HOLD
+#define AFTER_READ using
+#else
+#define AFTER_READ begin
+#endif
 
 /* Lookup and READ, Release, verify, use. */
 proctype Reader(byte r) {
@@ -483,19 +493,21 @@ begin:
 reading:
     if
     /* The READ is over. What is confirmed and verified is used; an answer may be lost. */
-    :: d_step { HAS_READ -> store_release(r); ok = IS_CONFIRMED(ok); finish(r) } -> goto using
-    :: d_step { HAS_READ -> leave_lease(r); ok = IS_CONFIRMED(false); finish(r) } -> goto using
+    :: d_step { HAS_READ -> store_release(r); ok = IS_CONFIRMED(ok); finish(r) } -> goto AFTER_READ
+    :: d_step { HAS_READ -> leave_lease(r); ok = IS_CONFIRMED(false); finish(r) } -> goto AFTER_READ
     :: d_step { read[r].failed -> leave_lease(r); forget_read(r) } -> goto begin
     /* The deadline: the READ goes on, and its blocks are held until it is over. */
-    :: d_step { read[r].on -> store_release(r) } -> goto late
-    :: d_step { read[r].on -> leave_lease(r) } -> goto late
+    :: d_step { read[r].on -> store_release(r); read[r].key = 0; read[r].digest = 0 } -> goto late
+    :: d_step { read[r].on -> leave_lease(r); read[r].key = 0; read[r].digest = 0 } -> goto late
     /* The reader dies; a READ into a dead process reaches nobody. */
     :: d_step { leave_lease(r); forget_read(r); printf("reader %d: dies\n", r) } -> goto begin
     fi;
+#ifdef NO_HOLD
 using:
     if
-    :: d_step { ok = !read[r].failed; use(r); forget_read(r) } -> goto begin
+    :: d_step { ok = !read[r].failed; use(r) } -> goto begin
     fi;
+#endif
 late:
     if
     :: d_step { !read[r].on -> forget_read(r) }
