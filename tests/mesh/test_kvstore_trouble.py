@@ -11,7 +11,7 @@ import pytest
 
 from mesh import kvstore_shard
 from mesh.health import HealthServicer
-from mesh.kvstore_client import Deadline, KvStoreClient
+from mesh.kvstore_client import KvStoreClient
 from tests.mesh.fake_kvstore import (
     NUM_BLOCKS,
     PATIENCE_S,
@@ -257,77 +257,3 @@ async def test_slots_outside_the_arena_are_never_read(mesh: Mesh) -> None:
     store.sealed[keys_of(4)[2]] = (NUM_BLOCKS, 0)
     result = await mesh.pull(client, keys_of(4))
     assert (result.num_blocks, result.failures) == (2, ("slot",))
-
-
-async def test_slots_asked_for_early_are_filled_part_by_part_and_the_rest_given_back(
-    mesh: Mesh,
-) -> None:
-    client = await mesh.started(2)
-    mesh.fill(6)
-    keys, deadline = keys_of(8), Deadline(PATIENCE_S)
-    publish = client.publish(keys)
-    await publish.reserve(deadline)
-    assert sum(len(store.reserved) for store in mesh.stores) == 8
-    assert await publish.send(0, [0, 1, 2], deadline) == 3
-    assert await publish.send(3, [3, 4, 5], deadline) == 3
-    publish.close()
-    assert (await mesh.pull(client, keys)).num_blocks == 6
-    await mesh.close()
-    assert all(not store.reserved for store in mesh.stores)
-
-
-async def test_a_slot_that_another_writer_gave_up_is_asked_for_again(mesh: Mesh) -> None:
-    client = await mesh.started()
-    mesh.fill(2)
-    deadline = Deadline(PATIENCE_S)
-    first, second = client.publish(keys_of(2)), client.publish(keys_of(2))
-    await first.reserve(deadline)
-    await second.reserve(deadline)
-    first.close()
-    mesh.stores[0].reserved.clear()
-    assert await second.send(0, [0, 1], deadline) == 2
-    second.close()
-
-
-async def test_slots_that_come_after_the_end_are_given_back(mesh: Mesh) -> None:
-    client = await mesh.started()
-    publish = client.publish(keys_of(3))
-    reserving = asyncio.ensure_future(publish.reserve(Deadline(PATIENCE_S)))
-    await asyncio.sleep(0)
-    publish.close()
-    await reserving
-    await mesh.close()
-    assert not mesh.stores[0].reserved
-
-
-async def test_nothing_is_written_into_slots_that_may_have_expired(mesh: Mesh) -> None:
-    client = await mesh.started()
-    data, (store,) = mesh.fill(2), mesh.stores
-    publish = client.publish(keys_of(2))
-    await publish.reserve(Deadline(PATIENCE_S))
-    old = [slot for _, slot, _ in store.reserved.values()]
-    store.reserved.clear()  # their time is over, and they are another's
-    assert await publish.send(0, [0, 1], Deadline(200.0)) == 2  # a WRITE may take longer than that
-    publish.close()
-    blocks = store.transfer.arena.reshape(NUM_BLOCKS, BLOCK)
-    assert not blocks[old].any()
-    assert b"".join(blocks[store.sealed[key][0]].tobytes() for key in keys_of(2)) == data
-
-
-async def test_a_slot_is_of_the_life_of_the_store_that_granted_it(mesh: Mesh) -> None:
-    client = await mesh.started()
-    mesh.fill(2)
-    publish = client.publish(keys_of(2))
-    await publish.reserve(Deadline(PATIENCE_S))
-    (address,) = client.states
-    await mesh.stop(address)
-    mesh.stores[0].reserved.clear()  # gone with it
-    assert (await mesh.pull(client, keys_of(1))).failures == ("lookup",)
-    again = Store(CopyTransfer(mesh.network, "reborn", NUM_BLOCKS))
-    again.hide_slots(2)  # where the old life's were
-    await mesh.serve(again, int(address.rpartition(":")[2]))
-    assert await client.until_up(PATIENCE_S)
-    assert await publish.send(0, [0, 1], Deadline(PATIENCE_S)) == 2
-    publish.close()
-    written = mesh.network.arenas["reborn"].reshape(NUM_BLOCKS, BLOCK).any(axis=1)
-    assert {int(i) for i in np.flatnonzero(written)} == {again.sealed[key][0] for key in keys_of(2)}
