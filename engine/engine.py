@@ -93,7 +93,7 @@ class Engine:
         self._wake.set()
 
     def drop(self, sequence: Sequence) -> None:
-        """Ends a sequence without outcome; its its blocks are free once no step uses them.
+        """Ends a sequence without outcome; its blocks are free once no step uses them.
 
         Does nothing for one that was never added or is over already.
         """

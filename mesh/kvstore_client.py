@@ -26,7 +26,7 @@ __all__ = ["Deadline", "Hold", "KvStoreClient", "Publish", "PullResult"]
 _START_TIMEOUT_S = 2.5
 _CLOSE_TIMEOUT_S = 2.0
 RESERVE_S = 120.0
-"""Slots are kept for a prompt that is being computed; one that takes longer is not stored."""
+"""So long slots are kept for a prompt that is being computed; then they are asked for anew."""
 
 
 class KvStoreClient:

@@ -9,28 +9,14 @@ without its autotuning decorators (its heuristics for H100 instead).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
+from benchmarks.gpu.peers import peer_module
 from kernels.kv_pages import KvPages
 
-FOLDER = Path(__file__).resolve().parents[2] / ".peers"
 Call = Callable[[int], object]
-
-
-def _module(path: str) -> ModuleType | None:
-    file = FOLDER / path
-    if not file.exists():
-        return None
-    spec = importlib.util.spec_from_file_location(f"peers_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def decode_calls(
@@ -49,8 +35,8 @@ def prefill_calls(
 
 
 def _lightllm(query: torch.Tensor, dense: torch.Tensor, length: int) -> dict[str, Call]:
-    stage1 = _module("lightllm_gqa/gqa_flash_decoding_stage1.py")
-    stage2 = _module("lightllm_gqa/gqa_flash_decoding_stage2.py")
+    stage1 = peer_module("lightllm_gqa/gqa_flash_decoding_stage1.py")
+    stage2 = peer_module("lightllm_gqa/gqa_flash_decoding_stage2.py")
     if stage1 is None or stage2 is None:
         return {}
     num_seqs, num_heads, head_dim = query.shape
@@ -76,7 +62,7 @@ def _lightllm(query: torch.Tensor, dense: torch.Tensor, length: int) -> dict[str
 
 
 def _vllm(query: torch.Tensor, pages: KvPages, table: torch.Tensor, length: int) -> dict[str, Call]:
-    module = _module("vllm_unified_attention.py")
+    module = peer_module("vllm_unified_attention.py")
     if module is None:
         return {}
     num_seqs = table.shape[0]

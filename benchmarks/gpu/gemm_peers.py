@@ -8,18 +8,15 @@ tuner.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from pathlib import Path
-from types import ModuleType
+from functools import partial
 
 import torch
 
+from benchmarks.gpu.peers import peer_module
 from kernels.fp8_quant import Fp8Rows
 from kernels.weight import Weight
 
-FILE = Path(__file__).resolve().parents[2] / ".peers" / "lightllm_scaled_mm.py"
 MAX_ROWS = 256
 """Its tile sizes are those of decode steps."""
 # block_n, block_k, num_stages: the best of those that it tunes over differ from size to size.
@@ -28,22 +25,11 @@ _TILES = ((64, 128, 6), (64, 256, 4), (128, 128, 4), (128, 256, 3))
 Call = Callable[[], object]
 
 
-@cache
-def _module() -> ModuleType | None:
-    if not FILE.exists():
-        return None
-    spec = importlib.util.spec_from_file_location(f"peers_{FILE.stem}", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def lightllm_calls(x: Fp8Rows, weights: Sequence[Weight]) -> list[list[Call]]:
     """By configuration, a call for each of the weights (scaled per channel) that returns
     [num_rows, N] bf16; x has one scale a row. Empty above MAX_ROWS.
     """
-    module, num_rows = _module(), x.values.shape[0]
+    module, num_rows = peer_module("lightllm_scaled_mm.py"), x.values.shape[0]
     if module is None or num_rows > MAX_ROWS:
         return []
     out = torch.empty(

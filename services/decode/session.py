@@ -1,8 +1,7 @@
 """One gateway's session on this rank: its requests, and one outgoing message per step.
 
 Owns the requests' admission (memory, pull, fork), their outputs until sent, and their end. Never
-samples,
-never decides what a step runs.
+samples, never decides what a step runs.
 """
 
 from __future__ import annotations
