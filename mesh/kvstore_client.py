@@ -94,13 +94,20 @@ class KvStoreClient:
         await asyncio.gather(*(shard.close() for shard in self._shards.shards))
 
     async def pull(
-        self, keys: Sequence[bytes], block_ids: Sequence[int], *, deadline_s: float, hold: Hold
+        self,
+        keys: Sequence[bytes],
+        block_ids: Sequence[int],
+        *,
+        deadline_s: float,
+        hold: Hold,
+        waits_for_writers: bool = False,
     ) -> PullResult:
         """Brings the longest sealed prefix of keys into the local blocks of the same positions.
 
         Keys are 32 bytes, parents first. `hold(block_ids, settled)` is called, before this returns
-        or raises CancelledError, for local blocks that a late READ may still write. ValueError: not
-        as many blocks as keys.
+        or raises CancelledError, for local blocks that a late READ may still write.
+        waits_for_writers: blocks that are being written belong to the prefix too, if they are
+        sealed soon. ValueError: not as many blocks as keys.
         """
         _check_same_len(keys, block_ids)
         started_at = time.monotonic()
@@ -112,6 +119,7 @@ class KvStoreClient:
             block_ids=block_ids,
             deadline=Deadline(deadline_s),
             hold=hold,
+            waits_for_writers=waits_for_writers,
         )
         with self._shards.telemetry.tracer.start_as_current_span("kv.get") as span:
             num_blocks = await pull.run()

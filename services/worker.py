@@ -150,11 +150,17 @@ class Worker:
             )
 
     async def pull(
-        self, keys: list[bytes], blocks: list[int], tail_key: bytes = b""
+        self,
+        keys: list[bytes],
+        blocks: list[int],
+        tail_key: bytes = b"",
+        *,
+        waits_for_writers: bool = False,
     ) -> tuple[int, bool]:
         """Pulls the longest sealed prefix of keys into `blocks`, and a private tail into the block
         behind them; the store drops the tail then. How many blocks are verified, and the tail.
 
+        waits_for_writers: what is still being written is waited for, a second at most.
         Blocks that a late READ may still write are quarantined; `blocks` ends before the first.
         """
         held: list[int] = []
@@ -162,7 +168,11 @@ class Worker:
 
         async def pull(number: int, names: list[bytes], targets: list[int]) -> None:
             result = await self.store.pull(
-                names, targets, deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
+                names,
+                targets,
+                deadline_s=PULL_DEADLINE_S,
+                hold=self._holder(held),
+                waits_for_writers=waits_for_writers,
             )
             num_pulled[number] = result.num_blocks
 

@@ -66,7 +66,9 @@ class BlockIndex:
             ids=self._ids,
             quarantine_s=quarantine_s,
             private_ttl_s=private_ttl_s,
+            on_settled=lambda number: self.on_settled(number),
         )
+        self.on_settled: Callable[[int], None] = lambda number: None
 
     def reserve(
         self,
@@ -107,6 +109,11 @@ class BlockIndex:
             self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
         return self._leases.leased(lease_id, rows, num_bytes)
 
+    def first_reserved(self, keys: Sequence[bytes]) -> int:
+        """The reservation of the first block of the keys that nobody can read yet; 0 for none."""
+        self.expire()
+        return self._reservations.first_live(self._blocks.find(keys))
+
     def release(self, owner: str, lease_id: int) -> LeaseOutcome:
         """Ends a lease and drops its private blocks; EXPIRED when ended, unknown or another's."""
         self.expire()
@@ -121,8 +128,21 @@ class BlockIndex:
         return self._drop_sealed(keys, only_private=False)
 
     def discard(self, keys: Iterable[bytes]) -> int:
-        """Drops sealed private blocks that nobody will read; returns how many."""
-        return self._drop_sealed(keys, only_private=True)
+        """Drops private blocks that nobody will read; returns how many.
+
+        One that is still being written leaves the index; its slot waits for its writer.
+        """
+        keys = list(keys)
+        num_dropped = self._drop_sealed(keys, only_private=True)
+        for key in keys:
+            row = self._blocks.row_of(key)
+            is_reserved = self._blocks.state.at[row] == BlockState.RESERVED
+            if is_reserved and self._blocks.is_private.at[row]:
+                number = self._blocks.reservation_id.at[row]
+                self._deadlines.cancel(Due.RESERVATION, number)
+                self._reservations.quarantine(number, self._clock())
+                num_dropped += 1
+        return num_dropped
 
     def evict(self, num_blocks: int) -> int:
         """Takes up to num_blocks out of memory by the eviction order; returns how many."""

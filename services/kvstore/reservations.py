@@ -7,16 +7,18 @@ incarnation is disconnected, or after `quarantine_s`, when the writer is presume
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import BlockState, Reserved, ReserveOutcome
+from services.kvstore.block import BlockState, DiskState, Reserved, ReserveOutcome
 from services.kvstore.blocks import Blocks, Names
 from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.memory import MemoryTier
-from services.kvstore.rows import NOBODY
+from services.kvstore.rows import NOBODY, RowArray
 
 _ROW_BITS = 28  # of a reservation's id; the others count
 _ROW_MASK = 2**_ROW_BITS - 1
@@ -48,6 +50,7 @@ class Reservations:
         ids: Iterator[int],
         quarantine_s: float,
         private_ttl_s: float,
+        on_settled: Callable[[int], None],
     ) -> None:
         self._blocks = blocks
         self._slots = slots
@@ -57,6 +60,7 @@ class Reservations:
         self._ids = ids
         self._quarantine_s = quarantine_s
         self._private_ttl_s = private_ttl_s
+        self._on_settled = on_settled  # with an id that is not live any more
         self._owners = Names()
         self.live: dict[int, Claim] = {}
         self.quarantined: dict[int, Claim] = {}
@@ -104,6 +108,7 @@ class Reservations:
         self._memory.leaves.offer(row)
         if blocks.is_private.at[row]:
             self._deadlines.set(Due.PRIVATE, number, now + self._private_ttl_s)
+        self._on_settled(number)
         return True
 
     def acknowledge(self, owner: str, numbers: Iterable[int]) -> int:
@@ -116,6 +121,18 @@ class Reservations:
                 num_freed += 1
         return num_freed
 
+    def first_live(self, rows: RowArray) -> int:
+        """The reservation of the first row without sealed bytes, in memory or on disk; 0: none."""
+        blocks = self._blocks
+        is_present = blocks.state.values.take(rows) == BlockState.SEALED
+        is_present |= blocks.state.values.take(rows) == BlockState.PROMOTING
+        is_present |= blocks.disk.values.take(rows) == DiskState.PRESENT
+        if is_present.all():
+            return 0
+        row = int(rows[np.argmin(is_present)])
+        is_reserved = blocks.state.at[row] == BlockState.RESERVED
+        return blocks.reservation_id.at[row] if is_reserved else 0
+
     def of_owner(self, owner: str) -> list[int]:
         """Ids of everything that an owner has not given back."""
         claims = {**self.live, **self.quarantined}
@@ -126,6 +143,7 @@ class Reservations:
         claim = self.quarantined[number] = self.live.pop(number)
         self._memory.remove(claim.row)
         self._deadlines.set(Due.QUARANTINE, number, now + self._quarantine_s)
+        self._on_settled(number)
 
     def end(self, number: int) -> None:
         """Frees the slot of a reservation, live or quarantined."""
@@ -137,6 +155,7 @@ class Reservations:
         self._deadlines.cancel(Due.RESERVATION, number)
         self._deadlines.cancel(Due.QUARANTINE, number)
         self._slots.free(claim.offset)
+        self._on_settled(number)
 
     def row_of(self, number: int) -> int:
         """The row that a reservation's id names; another block's by now, perhaps."""
@@ -151,6 +170,7 @@ class Reservations:
     def _claim(self, owner: str, row: int, offset: int, deadline: float) -> Reserved:
         number = next(self._ids) << _ROW_BITS | row
         self.live[number] = Claim(owner=owner, row=row, offset=offset)
+        self._blocks.reservation_id.at[row] = number
         self._deadlines.set(Due.RESERVATION, number, deadline)
         return Reserved(outcome=ReserveOutcome.RESERVED, reservation_id=number, offset=offset)
 

@@ -1,7 +1,7 @@
 """KvStoreService: the wire's side of the block index.
 
 Owns validation and translation; every decision is the index's. Bytes never pass through here.
-Handlers run on the event loop; only a Lookup of blocks that are on disk waits.
+Handlers run on the event loop; only a Lookup waits, of blocks on disk or still being written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from services.kvstore.validation import (
     check_ttl,
     check_wait,
 )
+from services.kvstore.waiting import Waiting
 
 DEFAULT_WAIT_S = 1.0
 
@@ -60,6 +61,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         mover: Mover | None = None,
     ) -> None:
         self._index = index
+        self._waiting = Waiting(index)
         self._mover = mover
         self._callers = callers
         self._agent = transfer.agent
@@ -169,6 +171,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def _look_up(self, request: kvstore_pb2.LookupRequest, max_wait_s: float) -> Leased:
         owner, keys, num_bytes = request.incarnation, list(request.keys), request.num_bytes
+        if request.waits_for_writers:
+            max_wait_s = await self._waiting.until_written(keys, max_wait_s)
         if self._mover is None:
             return self._index.lookup(owner, keys, num_bytes, ttl_s=request.ttl_s)
         return await self._mover.lookup(

@@ -129,6 +129,10 @@ class StoreMachine(RuleBasedStateMachine):
             index.evict(len(keys))
         else:
             getattr(index, how)(keys)
+        quarantined = index._reservations.quarantined
+        for write in self.world.life.granted:
+            if how == "discard" and write.key in keys and write.reservation_id in quarantined:
+                write.deadline = min(write.deadline, self.world.now)
 
     def have_trouble(self, draw: Draw) -> None:
         """An owner begins another life, known or not; a sealed bit turns; the store restarts."""
