@@ -176,7 +176,7 @@ def _sign(path: Path) -> _Signature:
     """What differs when a regular file was written or replaced; OSError."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is not a regular file")
+        raise OSError("this is not a regular file")
     if status.st_size > _MAX_FILE_NUM_BYTES:
-        raise OSError(f"{path} has {status.st_size} bytes, limit {_MAX_FILE_NUM_BYTES}")
+        raise OSError(f"the file has {status.st_size} bytes, limit {_MAX_FILE_NUM_BYTES}")
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,6 +1,6 @@
 """Drops hand-off tails that no decode rank will read.
 
-Owns short background calls to every kvstore there is; one that cannot be reached lets its copy expire.
+Owns short background calls to every kvstore there is; an unreachable one lets its copy expire.
 """
 
 from __future__ import annotations
