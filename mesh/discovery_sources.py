@@ -47,8 +47,8 @@ class Source(Protocol):
 class FileSource:
     """One host:port a line, with comments (#) and blank lines.
 
-    A change counts when the file looks the same twice: half a list that is just being written is
-    not taken for one. An empty file is one cut short; comments alone mean that there are none.
+    A change counts when two looks read the same: half a list that is just being written is not
+    taken for one. An empty file is one cut short; comments alone mean that there are none.
     """
 
     def __init__(self, name: str, path: str, is_address: Callable[[str], bool]) -> None:
@@ -57,26 +57,26 @@ class FileSource:
         self._path = Path(path).expanduser()
         self._is_address = is_address
         self._is_first = True
-        self._seen: _Signature | None = None
-        self._read: _Signature | None = None
+        self._seen: tuple[_Signature, bytes] | None = None  # at the last look that read
+        self._known: _Signature | None = None  # of what has been told, once it is sure
 
     async def look(self) -> tuple[str, ...] | None:
         """See Source.look."""
         is_first, self._is_first = self._is_first, False
         try:
             signature = await in_thread(_sign, self._path)
-            is_settled, self._seen = signature == self._seen, signature
-            if signature == self._read or not (is_settled or is_first):
+            if signature == self._known:
                 return None
             data = await in_thread(self._path.read_bytes)
-            if await in_thread(_sign, self._path) != signature:
-                return None
         except OSError as error:
-            self._seen = self._read = None
+            self._seen = self._known = None
             raise SourceError(error.strerror or str(error)) from None
-        if is_settled:
-            self._read = signature
-        return self._parse(data)
+        before, self._seen = self._seen, (signature, data)
+        if before == self._seen:
+            self._known = signature
+        if is_first or (before is not None and before[1] == data):
+            return self._parse(data)
+        return None
 
     def close(self) -> None:
         """See Source.close."""
