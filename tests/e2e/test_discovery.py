@@ -167,14 +167,32 @@ def _num_leading(values: list[bool]) -> int:
     return len(list(itertools.takewhile(bool, values)))
 
 
+def _expect_hits(mesh: Mesh, expected: list[tuple[list[int], list[int]]], hits: list[int]) -> None:
+    """Each prompt has so many leading blocks left in the stores; then it has all of them again."""
+    for (prompt, tokens), num_blocks in zip(expected, hits, strict=True):
+        answer = _ask(mesh, prompt)
+        assert (answer.tokens[0], _num_cached(answer)) == (tokens, num_blocks * BLOCK_TOKENS)
+        assert _num_cached(_ask(mesh, prompt)) == NUM_FULL * BLOCK_TOKENS
+
+
+def _expect_shares(mesh: ListedMesh, prompts: list[list[int]], address: str) -> None:
+    """Blocks of new prompts go to their owners, and this store gets its share of them."""
+    counts = mesh.num_sealed()
+    for prompt in prompts:
+        _ask(mesh, prompt)
+    gained = {store: num - counts[store] for store, num in mesh.num_sealed().items()}
+    owners = [store for prompt in prompts for store in _owners(mesh, prompt)]
+    assert gained == {store: owners.count(store) for store in gained}
+    assert gained[address] > len(owners) / 6
+
+
 def test_a_store_joins_and_another_leaves_under_load(
     mesh: ListedMesh, prompts: list[list[int]]
 ) -> None:
-    asked, fresh = prompts[:12], prompts[12:]
-    expected = [(prompt, _ask(mesh, prompt).tokens[0]) for prompt in asked]
-    assert all(_num_cached(_ask(mesh, prompt)) == 192 for prompt in asked)
+    expected = [(prompt, _ask(mesh, prompt).tokens[0]) for prompt in prompts[:12]]
+    assert all(_num_cached(_ask(mesh, prompt)) == 192 for prompt, _ in expected)
     mesh.wait_listed()
-    before = [_owners(mesh, prompt) for prompt in asked]
+    before = [_owners(mesh, prompt) for prompt, _ in expected]
     books, load = Books(mesh), Load(mesh, expected)
     with load.running():
         load.wait_more(2)
@@ -183,22 +201,12 @@ def test_a_store_joins_and_another_leaves_under_load(
         load.wait_more(5)
     books.lose()  # connections to one more peer
     books.settle(timeout_s=SETTLE_S)
-
-    # What belongs to the same store as before is hit, the rest is computed again, once.
-    joined = [_owners(mesh, prompt) for prompt in asked]
-    assert {o for owners in joined for o in owners} == {p.address for p in mesh.kvstores}
-    for (prompt, tokens), was, now in zip(expected, before, joined, strict=True):
-        answer = _ask(mesh, prompt)
-        num_same = _num_leading([a == b for a, b in zip(was, now, strict=True)])
-        assert (answer.tokens[0], _num_cached(answer)) == (tokens, num_same * BLOCK_TOKENS)
-        assert _num_cached(_ask(mesh, prompt)) == 192
-    counts = mesh.num_sealed()
-    for prompt in fresh:
-        _ask(mesh, prompt)
-    gained = {address: num - counts[address] for address, num in mesh.num_sealed().items()}
-    owners = [o for prompt in fresh for o in _owners(mesh, prompt)]
-    assert gained == {address: owners.count(address) for address in gained}
-    assert gained[third.address] > len(owners) / 6
+    joined = [_owners(mesh, prompt) for prompt, _ in expected]
+    same = [
+        [a == b for a, b in zip(*pair, strict=True)] for pair in zip(before, joined, strict=True)
+    ]
+    _expect_hits(mesh, expected, [_num_leading(blocks) for blocks in same])
+    _expect_shares(mesh, prompts[12:], third.address)
 
     load = Load(mesh, expected)
     with load.running():
@@ -210,11 +218,8 @@ def test_a_store_joins_and_another_leaves_under_load(
         assert gone.popen.wait(30) == 0, gone.tail()
         load.wait_more(5)
     books.settle(timeout_s=SETTLE_S)
-    for (prompt, tokens), was in zip(expected, joined, strict=True):
-        answer = _ask(mesh, prompt)
-        num_left = _num_leading([address != gone.address for address in was])
-        assert (answer.tokens[0], _num_cached(answer)) == (tokens, num_left * BLOCK_TOKENS)
-        assert _num_cached(_ask(mesh, prompt)) == 192
+    stayed = [[store != gone.address for store in owners] for owners in joined]
+    _expect_hits(mesh, expected, [_num_leading(blocks) for blocks in stayed])
     books.settle(timeout_s=SETTLE_S)
 
 
