@@ -33,7 +33,8 @@ class _Slot:
     def holds_until(self, deadline: Deadline) -> bool:
         """Whether a WRITE that ends by the deadline still finds it reserved."""
         ends_at = time.monotonic() + deadline.remaining_s
-        return self.shard.life == self.life and ends_at < self.expires_at
+        is_member = self.shard.life == self.life and not self.shard.has_left
+        return is_member and ends_at < self.expires_at
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,8 +99,8 @@ class Publish:
             if index in self._slots and not self._slots[index].holds_until(deadline)
         ]
         if old:
-            with contextlib.suppress(*TROUBLE):
-                await self._give_back_slots(old)
+            background = self._shards.background
+            await asyncio.shield(background.spawn(self._give_back_slots(old)))
         # Given back just now, or what had another writer, or a store in trouble, then.
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
         if missing:
@@ -182,6 +183,7 @@ class Publish:
                     offset=reservation.slot.offset,
                     expires_at=expires_at,
                 )
+        shard.pins.add(len(grant.slots))
         return grant
 
     async def _digest(
@@ -240,6 +242,8 @@ class Publish:
             return set()
         if not all(response.sealed):
             self._shards.background.spawn(self._give_back(part))
+        else:
+            part.shard.pins.drop(len(part.slots))
         return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
     async def _give_back(self, part: _Part) -> None:
@@ -256,7 +260,11 @@ class Publish:
             request = kvstore_pb2.AcknowledgeRequest(
                 incarnation=self._shards.incarnation, reservation_ids=numbers
             )
-            await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+            try:
+                with contextlib.suppress(*TROUBLE):  # its deadline ends them, then
+                    await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+            finally:
+                shard.pins.drop(len(numbers))
 
     async def _forget_private(self, part: _Part) -> None:
         """A private block whose publisher was cancelled has no reader."""

@@ -125,6 +125,8 @@ class Pull:
         num_bytes = response.num_bytes
         bad = (i for i in range(num_found) if not self._shards.fits(shard, offsets[i], num_bytes))
         num_good = next(bad, num_found)
+        if response.lease_id:
+            shard.pins.add()
         if num_good < num_found:
             self._fail("slot", num_found - num_good)
         return _Lease(
@@ -176,6 +178,8 @@ class Pull:
             response = await lease.shard.call("Release", request, RPC_TIMEOUT_S, even_down=True)
         except TROUBLE:
             return False
+        finally:
+            lease.shard.pins.drop()
         return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
 
     async def _digest(self) -> None:

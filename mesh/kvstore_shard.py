@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kv.errors import TransferError, TransferTimeout
 from kv.transfer import Agent, OnLate, Transfer
 from mesh.errors import DeadlineExceeded, KvmeshError, Unavailable, from_rpc_error
+from mesh.pins import Pins
 from protos import kvstore_pb2, kvstore_pb2_grpc
 
 log = logging.getLogger("kvmesh.kvstore")
@@ -47,6 +48,9 @@ class Shard:
         self.state = ShardState.CONNECTING
         self.attempted = asyncio.Event()
         self.up = asyncio.Event()
+        self.pins = Pins()  # calls, transfers, leases and slots: the connection serves them still
+        self.has_left = False  # no member any more: nothing new is asked of it
+        self._is_closed = False
         self._channel = channel
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._transfer = transfer
@@ -107,9 +111,12 @@ class Shard:
             raise Unavailable(
                 f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN"
             )
+        if self._is_closed:
+            raise Unavailable(f"kvstore {self.address} has left", reason="KVSTORE_DOWN")
         peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
         try:
-            return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
+            with self.pins.held():
+                return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
             is_ours = peer is self._peer
@@ -145,12 +152,20 @@ class Shard:
         move = self._transfer.write
         await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
 
-    async def close(self) -> None:
-        """Forgets the store; `run` must have ended."""
+    async def disconnect(self, *, keeps_peer: bool = False) -> None:
+        """Ends its transfers; calls of `even_down` still go out. `run` must have ended.
+
+        keeps_peer: another shard transfers with the same life of the store.
+        """
         self.state = ShardState.DOWN
         peer, self._peer = self._peer, None
-        if peer is not None:
+        if peer is not None and not keeps_peer:
             await self._disconnect(peer)
+
+    async def close(self) -> None:
+        """Forgets the store; `run` must have ended."""
+        await self.disconnect()
+        self._is_closed = True
         await self._channel.close()
 
     async def _move(
@@ -168,8 +183,15 @@ class Shard:
             raise TransferError(self.address, self.state.value)
         if peer.name != life:
             raise TransferError(self.address, "restarted since it granted this")
+
+        def pin_late(settled: asyncio.Future[None]) -> None:
+            self.pins.add()
+            settled.add_done_callback(lambda _: self.pins.drop())
+            on_late(settled)
+
         try:
-            await move(peer.name, local, remote, num_bytes, deadline_s, on_late)
+            with self.pins.held():
+                await move(peer.name, local, remote, num_bytes, deadline_s, pin_late)
         except TransferError as error:
             is_slow = isinstance(error, TransferTimeout) and deadline_s < _HUNG_S
             if peer is self._peer and not is_slow:
@@ -193,6 +215,7 @@ class Shard:
         if old is not None and (old.name != agent.name or self._is_path_broken):
             self._peer = None
             await self._disconnect(old)
+        self._peer = agent  # before it is loaded: what is cut short here is unloaded, too
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 await self._transfer.connect(agent)
@@ -200,7 +223,7 @@ class Shard:
             self.state = ShardState.DOWN
             self._explain(str(error) or "NIXL did not answer")
             return False
-        self._peer, self._is_path_broken = agent, False
+        self._is_path_broken = False
         self._lost.clear()
         self.state = ShardState.UP
         self._reason = ""

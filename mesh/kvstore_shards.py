@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -98,7 +98,7 @@ class Deadline:
 class Shards:
     """The stores and what moves with every request to them."""
 
-    shards: tuple[Shard, ...]
+    shards: Mapping[str, Shard]  # by address, as they are now
     block_num_bytes: int
     incarnation: str
     digest: Callable[[list[int]], Awaitable[list[int]]]
@@ -107,7 +107,7 @@ class Shards:
 
     def assign(self, keys: Sequence[bytes]) -> list[tuple[Shard, list[int]]]:
         """Which live shard owns which keys: (shard, indices of keys in order). Empty: none up."""
-        live = {shard.address: shard for shard in self.shards if shard.state is ShardState.UP}
+        live = {a: shard for a, shard in self.shards.items() if shard.state is ShardState.UP}
         if not live:
             return []
         members = sorted(live)

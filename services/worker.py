@@ -23,6 +23,7 @@ from engine.sequence import Sequence as EngineSequence
 from engine.sequence import StepOutcome
 from kv.block import salted_root
 from kv.nixl_transfer import NixlTransfer
+from mesh.discovery import Discovery
 from mesh.errors import FailedPrecondition, invalid
 from mesh.kvstore_client import KvStoreClient
 from mesh.kvstore_shards import each
@@ -70,13 +71,13 @@ class Worker:
         )
         self._transfer = transfer
         self.store = KvStoreClient(
-            addresses=list(settings.kvstore),
             transfer=transfer,
             block_num_bytes=runner.layout.num_bytes,
             incarnation=incarnation,
             digest=self._digest,
             telemetry=telemetry,
         )
+        self._discovery = Discovery(settings.kvstore)
         # Digests and tails of blocks no step writes any more: beside the engine thread, not in it.
         self._settled = ThreadPoolExecutor(1, thread_name_prefix="kv-settled")
         self._rate = Rate()
@@ -117,6 +118,7 @@ class Worker:
             incarnation=incarnation,
             fingerprint=fingerprint,
         )
+        await worker._discovery.start(worker.store.follow)
         await worker.store.start()
         return worker
 
@@ -127,6 +129,7 @@ class Worker:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._discovery.close()
         await self.store.close()
         self._transfer.close()
         self._settled.shutdown(wait=False)

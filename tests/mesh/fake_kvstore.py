@@ -165,13 +165,13 @@ class Mesh:
 
     async def client(self, *addresses: str) -> KvStoreClient:
         client = KvStoreClient(
-            addresses=list(addresses),
             transfer=self.worker,
             block_num_bytes=BLOCK,
             incarnation=self.worker.agent.incarnation,
             digest=self.digest,
             telemetry=self.telemetry,
         )
+        client.follow(addresses)
         await client.start()
         self._clients.append(client)
         return client

@@ -69,7 +69,7 @@ class Books:
         problems = [f"{name}: {key} {getattr(counts, key)}" for key in zero if getattr(counts, key)]
         if not is_store and counts.num_blocks_used:
             problems.append(f"{name}: {counts.num_blocks_used} blocks in use")
-        if "down" in status.detail or "connecting" in status.detail:
+        if any(state in status.detail for state in ("down", "connecting", "leaving")):
             problems.append(f"{name}: {status.detail}")
         num_fds, num_tasks = counts.num_fds, counts.num_tasks
         base_fds, base_tasks = self._loads.setdefault(status.incarnation, (num_fds, num_tasks))
