@@ -41,7 +41,7 @@ class Members:
             shard = self.shards.pop(address)
             shard.has_left = True
             self._leaving[address] = (shard, asyncio.ensure_future(self._leave(shard)))
-            log.info("kvstore %s: leaves, %d uses under way", address, len(shard.pins))
+            log.info("kvstore %s: leaves, %d uses under way", address, len(shard.uses))
         for address in wanted:
             if address not in self.shards:
                 self.shards[address] = self._join(address)
@@ -73,8 +73,8 @@ class Members:
     async def _leave(self, shard: Shard) -> None:
         """Waits for what is under way, then ends the connection."""
         address = shard.address
-        if not await shard.pins.gone(_LEAVE_S):
-            log.warning("kvstore %s: %d uses do not end; cut off", address, len(shard.pins))
+        if not await shard.uses.gone(_LEAVE_S):
+            log.warning("kvstore %s: %d uses do not end; cut off", address, len(shard.uses))
         _, this = self._leaving.pop(address)
         before = self._closing.get(address)
         self._closing[address] = this
@@ -85,7 +85,7 @@ class Members:
             lives = {other.life for other in self.shards.values()}  # one may have two addresses
             await shard.disconnect(keeps_peer=shard.life in lives)
             # A late transfer ended with the peer: its acknowledgement still goes out.
-            await shard.pins.gone(2 * RPC_TIMEOUT_S)
+            await shard.uses.gone(2 * RPC_TIMEOUT_S)
             await shard.close()
             del self._runs[shard]
         finally:

@@ -183,7 +183,7 @@ class Publish:
                     offset=reservation.slot.offset,
                     expires_at=expires_at,
                 )
-        shard.pins.add(len(grant.slots))
+        shard.uses.add(len(grant.slots))
         return grant
 
     async def _digest(
@@ -243,7 +243,7 @@ class Publish:
         if not all(response.sealed):
             self._shards.background.spawn(self._give_back(part))
         else:
-            part.shard.pins.drop(len(part.slots))
+            part.shard.uses.drop(len(part.slots))
         return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
     async def _give_back(self, part: _Part) -> None:
@@ -264,7 +264,7 @@ class Publish:
                 with contextlib.suppress(*TROUBLE):  # its deadline ends them, then
                     await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
             finally:
-                shard.pins.drop(len(numbers))
+                shard.uses.drop(len(numbers))
 
     async def _forget_private(self, part: _Part) -> None:
         """A private block whose publisher was cancelled has no reader."""

@@ -126,7 +126,7 @@ class Pull:
         bad = (i for i in range(num_found) if not self._shards.fits(shard, offsets[i], num_bytes))
         num_good = next(bad, num_found)
         if response.lease_id:
-            shard.pins.add()
+            shard.uses.add()
         if num_good < num_found:
             self._fail("slot", num_found - num_good)
         return _Lease(
@@ -179,7 +179,7 @@ class Pull:
         except TROUBLE:
             return False
         finally:
-            lease.shard.pins.drop()
+            lease.shard.uses.drop()
         return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
 
     async def _digest(self) -> None:

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kv.errors import TransferError, TransferTimeout
 from kv.transfer import Agent, OnLate, Transfer
 from mesh.errors import DeadlineExceeded, KvmeshError, Unavailable, from_rpc_error
-from mesh.pins import Pins
+from mesh.uses import Uses
 from protos import kvstore_pb2, kvstore_pb2_grpc
 
 log = logging.getLogger("kvmesh.kvstore")
@@ -48,7 +48,7 @@ class Shard:
         self.state = ShardState.CONNECTING
         self.attempted = asyncio.Event()
         self.up = asyncio.Event()
-        self.pins = Pins()  # calls, transfers, leases and slots: the connection serves them still
+        self.uses = Uses()  # calls, transfers, leases and slots: the connection serves them still
         self.has_left = False  # no member any more: nothing new is asked of it
         self._is_closed = False
         self._channel = channel
@@ -115,7 +115,7 @@ class Shard:
             raise Unavailable(f"kvstore {self.address} has left", reason="KVSTORE_DOWN")
         peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
         try:
-            with self.pins.held():
+            with self.uses.held():
                 return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
@@ -185,12 +185,12 @@ class Shard:
             raise TransferError(self.address, "restarted since it granted this")
 
         def pin_late(settled: asyncio.Future[None]) -> None:
-            self.pins.add()
-            settled.add_done_callback(lambda _: self.pins.drop())
+            self.uses.add()
+            settled.add_done_callback(lambda _: self.uses.drop())
             on_late(settled)
 
         try:
-            with self.pins.held():
+            with self.uses.held():
                 await move(peer.name, local, remote, num_bytes, deadline_s, pin_late)
         except TransferError as error:
             is_slow = isinstance(error, TransferTimeout) and deadline_s < _HUNG_S

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-class Pins:
+class Uses:
     """How many uses are under way; whoever wants to close the thing waits until there are none."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Pins:
 
     def drop(self, num: int = 1) -> None:
         """That many uses are over."""
-        assert self._num >= num, f"{num} pins dropped of {self._num}"
+        assert self._num >= num, f"{num} uses ended of {self._num}"
         self._num -= num
         if not self._num:
             self._none.set()
