@@ -95,7 +95,7 @@ class Feed:
         """The snapshot's next piece; empty where the table has none there, and at its end."""
         assert self._row is not None
         first, blocks = self._row, self._blocks
-        if first >= len(blocks.place.values):
+        if first >= blocks.end:
             self._row, self._exact_at = None, self._journal.next_sequence
             return []
         self._row = first + self._max_keys

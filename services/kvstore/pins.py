@@ -40,8 +40,9 @@ class Pins:
         """The leading blocks of the keys that the store has, as many as may be pinned."""
         blocks, rows = self._blocks, self._blocks.find(keys)
         has_place = blocks.place.values.take(rows) != Place.NONE
-        # Who writes a block anew may yet replace what is on disk.
+        # Who writes a block anew may yet replace what is on disk, and take it away as private.
         has_place &= blocks.state.values.take(rows) != BlockState.RESERVED
+        has_place &= ~blocks.is_private.values.take(rows)
         rows = leading(rows, has_place)
         is_new = np.zeros(len(rows), dtype=np.bool_)
         is_new[np.unique(rows, return_index=True)[1]] = True
@@ -79,6 +80,7 @@ class Pins:
         pinned = np.flatnonzero(num_pins)
         assert (blocks.place.values[pinned] != Place.NONE).all(), "a pinned block is nowhere"
         assert (blocks.state.values[pinned] != BlockState.RESERVED).all(), "it is being replaced"
+        assert not blocks.is_private.values[pinned].any(), "a private block is pinned"
         assert self.num_bytes == self._num_bytes_of(pinned) <= self._max_num_bytes
 
     def _forget(self, row: int) -> None:

@@ -64,6 +64,11 @@ class Rows:
     def __len__(self) -> int:
         return self._num_named
 
+    @property
+    def end(self) -> int:
+        """No row from here on was ever used."""
+        return self._watermark
+
     def column(self, dtype: DTypeLike) -> Column:
         """A new column; it grows with the table."""
         column = Column(self._num_rows, dtype)
