@@ -128,13 +128,25 @@ class KvStoreClient:
         return PullResult(num_blocks=num_blocks, get_s=get_s, failures=tuple(pull.failures))
 
     def publish(
-        self, keys: Sequence[bytes], *, is_private: bool = False, reserve_s: float = RESERVE_S
+        self,
+        keys: Sequence[bytes],
+        *,
+        is_private: bool = False,
+        tenant: str = "",
+        reserve_s: float = RESERVE_S,
     ) -> Publish:
         """For blocks under these keys (32 bytes, parents first): `reserve`, `send`, `close`.
 
         Local blocks stay unchanged while they are sent; their slots are kept for reserve_s seconds.
+        They count for the tenant (`kv.block.tenant_id`).
         """
-        return Publish(shards=self._shards, keys=keys, is_private=is_private, reserve_s=reserve_s)
+        return Publish(
+            shards=self._shards,
+            keys=keys,
+            is_private=is_private,
+            tenant=tenant,
+            reserve_s=reserve_s,
+        )
 
     async def put(
         self,
@@ -142,6 +154,7 @@ class KvStoreClient:
         block_ids: Sequence[int],
         *,
         is_private: bool = False,
+        tenant: str = "",
         deadline_s: float,
     ) -> int:
         """Publishes local blocks at once.
@@ -152,7 +165,7 @@ class KvStoreClient:
         if not keys:
             return 0
         deadline = Deadline(deadline_s)
-        publish = self.publish(keys, is_private=is_private, reserve_s=deadline_s)
+        publish = self.publish(keys, is_private=is_private, tenant=tenant, reserve_s=deadline_s)
         try:
             await publish.reserve(deadline)
             return await publish.send(0, block_ids, deadline)

@@ -65,15 +65,22 @@ class _Grant:
 class Publish:
     """One publish under `keys`: `reserve` once, `send` parts, `close` at the end.
 
-    reserve_s: seconds that slots are kept for.
+    reserve_s: seconds that slots are kept for; tenant: on whose behalf.
     """
 
     def __init__(
-        self, *, shards: Shards, keys: Sequence[bytes], is_private: bool, reserve_s: float
+        self,
+        *,
+        shards: Shards,
+        keys: Sequence[bytes],
+        is_private: bool,
+        tenant: str,
+        reserve_s: float,
     ) -> None:
         self._shards = shards
         self._keys = keys
         self._is_private = is_private
+        self._tenant = tenant
         self._ttl_s = Deadline(reserve_s).ttl_s
         self._slots: dict[int, _Slot] = {}
         self._sealed: set[int] = set()
@@ -165,6 +172,7 @@ class Publish:
             num_bytes=self._shards.block_num_bytes,
             is_private=self._is_private,
             ttl_s=self._ttl_s,
+            tenant=self._tenant,
         )
         # From here, not from the answer: the store's clock for it began later.
         life, expires_at = shard.life, time.monotonic() + self._ttl_s

@@ -55,6 +55,9 @@ class KvStore:
             quarantine_s=settings.quarantine_s,
             first_id=1 + secrets.randbits(32),
             disk_num_bytes=settings.disk_num_bytes,
+            tenant_num_bytes=settings.tenant_num_bytes,
+            pinned_share=settings.max_pinned,
+            num_changes=settings.watch_events,
         )
         self._mover: Mover | None = None
         self._callers = CallerTable(clock=time.monotonic)
@@ -86,6 +89,7 @@ class KvStore:
             transfer=transfer,
             telemetry=self._telemetry,
             mover=self._mover,
+            max_watchers=self._settings.max_watchers,
         )
         sweep = asyncio.create_task(self._sweep(), name="sweep")
         sweep.add_done_callback(lambda _: stop.set())
@@ -181,6 +185,7 @@ class KvStore:
                 num_blocks_private=counts.num_private,
                 num_blocks_on_disk=counts.num_on_disk,
                 num_leases=counts.num_leases,
+                num_pins=counts.num_pins,
                 num_reservations=counts.num_reserved,
                 num_tasks=task_count(),
                 num_fds=num_fds(),

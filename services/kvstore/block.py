@@ -30,6 +30,14 @@ class DiskState(enum.IntEnum):
     PRESENT = enum.auto()
 
 
+class Place(enum.IntEnum):
+    """Where a block is that the store has: a sealed public one, or one with a copy on disk."""
+
+    NONE = 0
+    MEMORY = enum.auto()
+    DISK = enum.auto()  # only there
+
+
 class ReserveOutcome(enum.Enum):
     """What became of one key of Reserve."""
 
@@ -96,6 +104,8 @@ class IndexCounts:
     num_quarantined: int
     num_dropped: int
     num_leases: int
+    num_pins: int
+    pinned_num_bytes: int
     num_promoting: int
     num_on_disk: int
     disk_num_bytes: int

@@ -1,24 +1,32 @@
 """The blocks that the store knows by key: one row each, in columns.
 
 Owns the life of a row: it lasts while the block has a place, in memory or on disk, or a child that
-has one. Owns the order of use, which all tiers share. Never decides where a block is.
+has one. Owns the order of use, which all tiers share, and what the store says of where a block
+is. Never decides that.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 
-from services.kvstore.block import BlockState, DiskState
+from services.kvstore.block import BlockState, DiskState, Place
+from services.kvstore.journal import NUM_CHANGES, Journal
 from services.kvstore.rows import NOBODY, Column, RowArray, Rows
 
 
 class Blocks(Rows):
     """Rows by key, and a block's values."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_changes: int = NUM_CHANGES) -> None:
         super().__init__()
+        self.journal = Journal(num_changes)
+        self.on_gone: Callable[[int], None] | None = None  # a pinned row has no place any more
+        self.place = self.column(np.uint8)  # Place, as told in the journal
+        self.num_pins = self.column(np.int32)
+        self.tenant = self.column(np.int64)  # on whose behalf it was reserved
         self.state = self.column(np.uint8)  # BlockState
         self.disk = self.column(np.uint8)  # DiskState
         self.is_private = self.column(np.bool_)
@@ -51,6 +59,22 @@ class Blocks(Rows):
             self.parent.at[row] = parent if is_parent_known else NOBODY
         return row
 
+    def report(self, row: int) -> None:
+        """Tells where a block is; whoever changes that says so before the row is let go."""
+        if self.state.at[row] == BlockState.SEALED and not self.is_private.at[row]:
+            place = Place.MEMORY
+        elif self.disk.at[row] == DiskState.PRESENT:
+            place = Place.DISK
+        else:
+            place = Place.NONE
+        before = self.place.at[row]
+        if place == before:
+            return
+        self.place.at[row] = place
+        self.journal.record(self.words_of(row), before, place)
+        if place == Place.NONE and self.num_pins.at[row] and self.on_gone is not None:
+            self.on_gone(row)
+
     def has_place(self, row: int) -> bool:
         """Whether a block is in memory or on disk, or on its way there."""
         is_in_memory = self.state.at[row] != BlockState.ABSENT
@@ -73,6 +97,7 @@ class Blocks(Rows):
         """Gives a nameless row to the next name, without what would be true of no other block."""
         self.state.at[row] = BlockState.ABSENT
         self.reservation_id.at[row] = 0
+        self.tenant.at[row] = 0
         super().free(row)
 
     def lose_name(self, row: int) -> None:

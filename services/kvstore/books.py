@@ -9,11 +9,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from services.kvstore.block import BlockState
+from services.kvstore.block import BlockState, DiskState, Place
 from services.kvstore.blocks import Blocks
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.leases import Leases
 from services.kvstore.memory import MemoryTier
+from services.kvstore.pins import Pins
 from services.kvstore.reservations import Reservations
 from services.kvstore.rows import RowArray
 
@@ -24,6 +25,7 @@ def check_books(
     memory: MemoryTier,
     reservations: Reservations,
     leases: Leases,
+    pins: Pins,
     moving: RowArray,
     deadlines: Deadlines,
     used_offsets: set[int],
@@ -42,6 +44,9 @@ def check_books(
     for row in named:
         assert blocks.has_place(row) or blocks.is_parent(row), "a row was not let go"
     memory.leaves.check(in_index)
+    memory.check()
+    pins.check()
+    _check_places(blocks)
     claimed = {claim.row: claim.offset for claim in reservations.live.values()}
     rows = np.flatnonzero(state == BlockState.RESERVED).tolist()
     assert claimed == {row: blocks.offset.at[row] for row in rows}, "claims and rows disagree"
@@ -49,6 +54,7 @@ def check_books(
     assert deadlines.live(Due.RESERVATION) == set(reservations.live)
     assert deadlines.live(Due.QUARANTINE) == set(reservations.quarantined)
     assert deadlines.live(Due.LEASE) == set(leases.live)
+    assert deadlines.live(Due.PIN) == set(pins.live)
     private = np.flatnonzero(blocks.is_private.values & (state == BlockState.SEALED))
     sealed_by = blocks.reservation_id.values[private].tolist()
     assert deadlines.live(Due.PRIVATE) == set(sealed_by)
@@ -63,3 +69,13 @@ def _check_holds(blocks: Blocks, holders: Iterable[RowArray]) -> None:
     assert np.isin(held, (BlockState.SEALED, BlockState.DROPPED)).all(), "an unsealed block is held"
     is_dropped = blocks.state.values == BlockState.DROPPED
     assert (num_holds[is_dropped] > 0).all(), "a dropped block is kept for nobody"
+
+
+def _check_places(blocks: Blocks) -> None:
+    """What was told of every row is so."""
+    blocks.journal.check()
+    is_public = ~blocks.is_private.values
+    in_memory = (blocks.state.values == BlockState.SEALED) & is_public
+    on_disk = (blocks.disk.values == DiskState.PRESENT) & ~in_memory
+    assert ((blocks.place.values == Place.MEMORY) == in_memory).all(), "told wrong of memory"
+    assert ((blocks.place.values == Place.DISK) == on_disk).all(), "told wrong of the disk"

@@ -139,9 +139,11 @@ class DiskTier:
         awaited: list[int] = []
         limit = self._memory.num_bytes // 2  # blocks that are being read are in nobody's use
         for row in rows.tolist():
-            if self.is_free(row) and blocks.state.at[row] == BlockState.ABSENT:
+            is_on_disk = blocks.disk.at[row] == DiskState.PRESENT
+            if is_on_disk and blocks.state.at[row] == BlockState.ABSENT:
                 is_room = (len(self._promotions) + 1) * num_bytes <= limit
-                offset = self._memory.take(num_bytes) if is_room else None
+                tenant = blocks.tenant.at[row]
+                offset = self._memory.take(num_bytes, tenant) if is_room else None
                 if offset is None:
                     break
                 self._memory.place(row, offset, num_bytes, BlockState.PROMOTING)
@@ -159,6 +161,7 @@ class DiskTier:
         del self._promotions[row]
         if outcome is Promoted.DONE:
             self._blocks.state.at[row] = BlockState.SEALED
+            self._blocks.report(row)
             self._memory.hold(np.array([row]))
             self._arrived.add(row)
         else:
@@ -179,6 +182,7 @@ class DiskTier:
             self._blocks.disk.at[row] = DiskState.ABSENT
             self.num_bytes -= file_num_bytes(self._blocks.num_bytes.at[row])
             self._removed.append(self._blocks.name_of(row))
+            self._blocks.report(row)
             self._blocks.let_go(row)
 
     def take_removed(self) -> list[bytes]:
@@ -189,12 +193,19 @@ class DiskTier:
     def is_free(self, row: int) -> bool:
         """Whether only children may keep a copy from eviction."""
         is_present = self._blocks.disk.at[row] == DiskState.PRESENT
-        return is_present and self._blocks.state.at[row] != BlockState.PROMOTING
+        state = self._blocks.state.at[row]
+        is_kept = state == BlockState.PROMOTING or (
+            self._blocks.num_pins.at[row] and state != BlockState.SEALED
+        )
+        return is_present and not is_kept
 
     def are_free(self, rows: RowArray) -> NDArray[np.bool_]:
         """The same for many."""
         is_present = self._blocks.disk.values.take(rows) == DiskState.PRESENT
-        return is_present & (self._blocks.state.values.take(rows) != BlockState.PROMOTING)
+        state = self._blocks.state.values.take(rows)
+        is_pinned = self._blocks.num_pins.values.take(rows) != 0
+        is_kept = (state == BlockState.PROMOTING) | is_pinned & (state != BlockState.SEALED)
+        return is_present & ~is_kept
 
     @property
     def num_pending(self) -> int:
@@ -232,6 +243,7 @@ class DiskTier:
     def _enter(self, row: int) -> None:
         self._blocks.disk.at[row] = DiskState.PRESENT
         self.num_bytes += file_num_bytes(self._blocks.num_bytes.at[row])
+        self._blocks.report(row)
         self.leaves.enter(row)
 
     def _move(self, row: int) -> Move:

@@ -1,9 +1,9 @@
 """The books of the store: which block is where, who may write it, who reads it, when that ends.
 
 Owns the deadlines of all promises and the order in which a block leaves its books; the books are
-reservations.py (writers), leases.py (readers), memory.py and disk.py (places). Pure: no I/O, no
-tasks; time comes from the injected clock. Runs on the event loop only. Nothing unsealed is handed
-to a reader; a slot has one owner at a time.
+reservations.py (writers), leases.py (readers), pins.py, memory.py and disk.py (places), journal.py
+(what has changed). Pure: no I/O, no tasks; time comes from the injected clock. Runs on the event
+loop only. Nothing unsealed is handed to a reader; a slot has one owner at a time.
 """
 
 from __future__ import annotations
@@ -26,17 +26,25 @@ from services.kvstore.blocks import Blocks
 from services.kvstore.books import check_books
 from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
+from services.kvstore.feed import Feed
+from services.kvstore.journal import NUM_CHANGES
 from services.kvstore.leases import Leases
 from services.kvstore.memory import MemoryTier
+from services.kvstore.pins import Pins
 from services.kvstore.reservations import Reservations
 from services.kvstore.rows import NOBODY
+from services.kvstore.tenants import tenant_number
+
+DEFAULT_PINNED_SHARE = 0.5
 
 
 class BlockIndex:
     """Blocks by key, with reservations and leases, over one slot allocator.
 
     Args: `clock` is monotonic, in seconds; `first_id` starts the ids, so that two lives of a store
-    need not share any; `private_ttl_s` counts from Seal; `disk_num_bytes` 0 is no disk.
+    need not share any; `private_ttl_s` counts from Seal; `disk_num_bytes` 0 is no disk,
+    `tenant_num_bytes` 0 no limit; `pinned_share` of the arena bounds what is pinned;
+    `num_changes` is how many the journal remembers.
     """
 
     def __init__(
@@ -48,15 +56,21 @@ class BlockIndex:
         quarantine_s: float = 120.0,
         first_id: int = 1,
         disk_num_bytes: int = 0,
+        tenant_num_bytes: int = 0,
+        pinned_share: float = DEFAULT_PINNED_SHARE,
+        num_changes: int = NUM_CHANGES,
     ) -> None:
         self._slots = slots
         self._clock = clock
         self._ids = itertools.count(first_id)
         self._deadlines = Deadlines()
-        self._blocks = Blocks()
-        self._memory = MemoryTier(self._blocks, slots)
+        self._blocks = Blocks(num_changes)
+        self.journal = self._blocks.journal
+        self._memory = MemoryTier(self._blocks, slots, tenant_num_bytes)
         self.disk = DiskTier(self._blocks, self._memory, disk_num_bytes)
         self._leases = Leases(self._blocks, self._memory)
+        tiers = (self._memory.leaves, self.disk.leaves)
+        self._pins = Pins(self._blocks, tiers, int(pinned_share * slots.num_bytes))
         self._reservations = Reservations(
             blocks=self._blocks,
             slots=slots,
@@ -78,11 +92,12 @@ class BlockIndex:
         *,
         ttl_s: float,
         is_private: bool = False,
+        tenant: str = "",
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         self.expire()
-        deadline = self._clock() + ttl_s
-        return self._reservations.reserve(owner, keys, num_bytes, deadline, is_private)
+        deadline, number = self._clock() + ttl_s, tenant_number(tenant)
+        return self._reservations.reserve(owner, keys, num_bytes, deadline, is_private, number)
 
     def seal(
         self, owner: str, reservation_ids: Sequence[int], digests: Sequence[int]
@@ -123,6 +138,33 @@ class BlockIndex:
             return LeaseOutcome.HELD
         return LeaseOutcome.EXPIRED
 
+    def pin(self, owner: str, keys: Sequence[bytes], *, ttl_s: float) -> tuple[int, int]:
+        """Keeps the longest prefix that the store has from eviction: its length, and a pin's id.
+
+        Shorter where as much is pinned as may be; the id is 0 where nothing is.
+        """
+        self.expire()
+        rows = self._pins.prefix(keys)
+        if not len(rows):
+            return 0, 0
+        pin_id = next(self._ids)
+        self._pins.begin(pin_id, owner, rows)
+        self._deadlines.set(Due.PIN, pin_id, self._clock() + ttl_s)
+        return len(rows), pin_id
+
+    def unpin(self, owner: str, pin_id: int) -> bool:
+        """Ends a pin; False when ended, unknown or another's."""
+        self.expire()
+        pin = self._pins.live.get(pin_id)
+        if pin is None or pin.owner != owner:
+            return False
+        self._end_pin(pin_id)
+        return True
+
+    def feed(self, from_sequence: int = 0) -> Feed:
+        """For a watcher that knows all changes before from_sequence; 0: none."""
+        return Feed(self._blocks, from_sequence)
+
     def drop_corrupt(self, keys: Iterable[bytes]) -> int:
         """Drops sealed blocks whose bytes a reader found wrong; returns how many."""
         return self._drop_sealed(keys, only_private=False)
@@ -161,6 +203,8 @@ class BlockIndex:
             self._reservations.end(number)
         for lease_id in self._leases.of_owner(owner):
             self._end_lease(lease_id)
+        for pin_id in self._pins.of_owner(owner):
+            self._end_pin(pin_id)
 
     def expire(self) -> None:
         """Ends what is past its deadline; every operation does this first."""
@@ -170,6 +214,8 @@ class BlockIndex:
                 self._reservations.quarantine(number, now)
             elif kind is Due.LEASE:
                 self._end_lease(number)
+            elif kind is Due.PIN:
+                self._pins.end(number)
             elif kind is Due.QUARANTINE:
                 self._reservations.end(number)
             else:
@@ -186,6 +232,8 @@ class BlockIndex:
             num_quarantined=len(self._reservations.quarantined),
             num_dropped=num_by_state[BlockState.DROPPED],
             num_leases=len(self._leases.live),
+            num_pins=len(self._pins.live),
+            pinned_num_bytes=self._pins.num_bytes,
             num_promoting=num_by_state[BlockState.PROMOTING],
             num_on_disk=int(np.count_nonzero(blocks.disk.values == DiskState.PRESENT)),
             disk_num_bytes=self.disk.num_bytes,
@@ -201,6 +249,7 @@ class BlockIndex:
             memory=self._memory,
             reservations=self._reservations,
             leases=self._leases,
+            pins=self._pins,
             moving=self.disk.held_rows(),
             deadlines=self._deadlines,
             used_offsets=self._slots.used_offsets,
@@ -227,3 +276,7 @@ class BlockIndex:
         self._deadlines.cancel(Due.LEASE, lease_id)
         for row in self._leases.end(lease_id):
             self._drop(row)
+
+    def _end_pin(self, pin_id: int) -> None:
+        self._deadlines.cancel(Due.PIN, pin_id)
+        self._pins.end(pin_id)

@@ -66,7 +66,13 @@ class Reservations:
         self.quarantined: dict[int, Claim] = {}
 
     def reserve(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, deadline: float, is_private: bool
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        deadline: float,
+        is_private: bool,
+        tenant: int,
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         answers: list[Reserved] = []
@@ -74,15 +80,16 @@ class Reservations:
         full = False
         for key in keys:
             row = self._blocks.row_of(key)
-            if self._blocks.state.at[row] != BlockState.ABSENT:
+            if self._blocks.state.at[row] != BlockState.ABSENT or self._blocks.num_pins.at[row]:
                 answers.append(self._existing(row))
-            elif full or (offset := self._memory.take(num_bytes)) is None:
+            elif full or (offset := self._memory.take(num_bytes, tenant)) is None:
                 full = True
                 answers.append(_FULL)
             else:
                 self._disk.forget_other(row, num_bytes)
                 row = self._blocks.open(key, parent)  # taking may have evicted either
                 self._blocks.is_private.at[row] = is_private
+                self._blocks.tenant.at[row] = tenant
                 self._blocks.touch(row)
                 self._memory.place(row, offset, num_bytes, BlockState.RESERVED)
                 answers.append(self._claim(owner, row, offset, deadline))
@@ -105,6 +112,7 @@ class Reservations:
         blocks.digest.at[row], blocks.reservation_id.at[row] = digest, number
         blocks.owner.at[row] = self._owners.number(owner)
         blocks.touch(row)
+        blocks.report(row)
         self._memory.leaves.offer(row)
         if blocks.is_private.at[row]:
             self._deadlines.set(Due.PRIVATE, number, now + self._private_ttl_s)
@@ -162,7 +170,8 @@ class Reservations:
         return number & _ROW_MASK
 
     def _existing(self, row: int) -> Reserved:
-        if self._blocks.state.at[row] != BlockState.SEALED:
+        is_sealed = self._blocks.state.at[row] == BlockState.SEALED
+        if not is_sealed and not self._blocks.num_pins.at[row]:
             return _ALREADY_RESERVED
         self._blocks.touch(row)
         return _ALREADY_SEALED

@@ -29,6 +29,20 @@ class KvStoreSettings(ServiceSettings):
         "those of a former life",
     )
     disk_bytes: str = setting("1GiB", group="memory", help="most bytes in --disk-dir")
+    max_pinned: float = setting(
+        0.5, group="memory", help="most of --kv-bytes that may be pinned", minimum=0, maximum=1
+    )
+    tenant_bytes: str = setting(
+        "0", group="memory", help="most of --kv-bytes for the blocks of one tenant; 0: all of it"
+    )
+    watch_events: int = setting(
+        65_536,
+        group="watchers",
+        help="changes that a watcher may be behind before it is told everything anew",
+        minimum=1,
+        maximum=2**24,
+    )
+    max_watchers: int = setting(64, group="watchers", help="watchers at a time", minimum=0)
     private_ttl_s: float = setting(
         120.0, group="lifetimes", help="seconds a private block waits for its reader", minimum=1
     )
@@ -57,12 +71,17 @@ class KvStoreSettings(ServiceSettings):
         """`disk_bytes` as a number, 0 without a directory; ValueError as above."""
         return 0 if self.disk_dir is None else _num_bytes("--disk-bytes", self.disk_bytes)
 
+    @property
+    def tenant_num_bytes(self) -> int:
+        """`tenant_bytes` as a number, 0 for no limit; ValueError as above."""
+        return _num_bytes("--tenant-bytes", self.tenant_bytes, minimum=0)
 
-def _num_bytes(flag: str, text: str) -> int:
+
+def _num_bytes(flag: str, text: str, minimum: int = 1) -> int:
     try:
         num_bytes = parse_bytes(text)
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from error
-    if num_bytes < 1:
-        raise ValueError(f"{flag}: {text!r} is below the least value, 1 byte")
+    if num_bytes < minimum:
+        raise ValueError(f"{flag}: {text!r} is below the least value, {minimum} byte")
     return num_bytes

@@ -16,14 +16,18 @@ from services.worker import PUBLISH_DEADLINE_S, Worker
 class Sending:
     """Sends the blocks from num_pulled on, and the private tail under tail_key if there is one.
 
-    Asks for all slots at once, when it is made: nobody waits for them at the end.
+    Asks for all slots at once, when it is made: nobody waits for them at the end. All are the
+    tenant's.
     """
 
-    def __init__(self, worker: Worker, keys: list[bytes], num_pulled: int, tail_key: bytes) -> None:
+    def __init__(
+        self, worker: Worker, keys: list[bytes], num_pulled: int, tail_key: bytes, tenant: str
+    ) -> None:
         self._worker = worker
         self._num_pulled = num_pulled
-        self._blocks = worker.store.publish(keys[num_pulled:])
-        self._tail = worker.store.publish([tail_key] if tail_key else [], is_private=True)
+        self._blocks = worker.store.publish(keys[num_pulled:], tenant=tenant)
+        tail_keys = [tail_key] if tail_key else []
+        self._tail = worker.store.publish(tail_keys, is_private=True, tenant=tenant)
         self._has_tail_key = bool(tail_key)
         self._reserved = asyncio.ensure_future(self._reserve())
         self._last: asyncio.Task[bool] | None = None

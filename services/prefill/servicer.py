@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import SequenceState, StepItem, StepOutcome, finish_reason_for
-from kv.block import block_keys, prefix_identity
+from kv.block import block_keys, prefix_identity, tenant_id
 from mesh.errors import Internal
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 from services import wire
@@ -139,7 +139,8 @@ class Prompt:
             num_pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
-        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key)
+        tenant = tenant_id(request.cache_salt)
+        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key, tenant)
         self._num_sent = num_pulled
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()

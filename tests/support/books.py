@@ -14,10 +14,12 @@ NUM_SPARE_TASKS = 4  # health checks and reconnects that a poll may meet
 NUM_SPARE_FDS = 6
 NUM_FDS_PER_LOSS = 6  # a peer that came back costs NIXL up to 2 descriptors a side and try
 _ZERO = {
-    "num_requests", "num_sequences", "num_waiting", "num_leases", "num_reservations",
+    "num_requests", "num_sequences", "num_waiting", "num_leases", "num_pins", "num_reservations",
     "num_blocks_private", "num_blocks_quarantined",
 }  # fmt: skip
-_PROMISES = {"num_leases", "num_reservations", "num_blocks_private", "num_blocks_quarantined"}
+_PROMISES = {
+    "num_leases", "num_pins", "num_reservations", "num_blocks_private", "num_blocks_quarantined"
+}  # fmt: skip
 
 
 class Books:

@@ -19,11 +19,14 @@ from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.block import LeaseOutcome, ReserveOutcome
 from services.kvstore.index import BlockIndex
 from tests.services.kvstore.store_ledger import (
+    MAX_PINNED,
+    NUM_CHANGES,
     NUM_PARTS,
     NUM_SLOTS,
     PRIVATE_TTL_S,
     QUARANTINE_S,
     SIZE,
+    TENANT_NUM_BYTES,
     Life,
     Read,
     State,
@@ -45,6 +48,7 @@ class Habits:
     verifies: bool = True  # readers use nothing whose digest differs
     waits: bool = True  # writers acknowledge when the WRITE is over
     finishes: bool = True  # writers seal when all parts have arrived
+    pins: bool = False  # somebody pins, and a slow watcher follows: steps that hide other mutants
 
 
 class World:
@@ -63,22 +67,32 @@ class World:
         """A life of the store; ids and transfers of the former ones go on outside."""
         arena = DramArena(NUM_SLOTS * SIZE)
         slots = SlotAllocator(arena.num_bytes)
+        number = next(self._num_lives)
         index = self.habits.index_type(
             slots,
             clock=lambda: self.now,
             private_ttl_s=PRIVATE_TTL_S,
             quarantine_s=self.habits.quarantine_s,
-            first_id=1 + next(self._num_lives) * self.habits.ids_per_life,
+            first_id=1 + number * self.habits.ids_per_life,
+            tenant_num_bytes=TENANT_NUM_BYTES,
+            pinned_share=MAX_PINNED,
+            num_changes=NUM_CHANGES,
         )
-        self.life = Life(index=index, slots=slots, arena=arena)
+        self.life = Life(name=f"life-{number}", index=index, slots=slots, arena=arena)
         return self.life
 
     def reserve(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, ttl_s: float, is_private: bool
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        ttl_s: float,
+        is_private: bool,
+        tenant: str = "",
     ) -> list[Write]:
         """The new reservations; whoever had their bytes must not count on them any more."""
         answers = self.life.index.reserve(
-            owner, keys, num_bytes, ttl_s=ttl_s, is_private=is_private
+            owner, keys, num_bytes, ttl_s=ttl_s, is_private=is_private, tenant=tenant
         )
         fresh: list[Write] = []
         for key, answer in zip(keys, answers, strict=True):
@@ -187,10 +201,22 @@ class World:
             assert is_right or block.is_damaged, "a confirmed read is not what was sealed"
             if self.habits.verifies and digest_of(copy) != block.digest:
                 self.reached["found corrupt"] += 1
-                self.life.index.drop_corrupt([block.key])
+                self.drop_corrupt([block.key])
                 continue
             assert is_right, "a reader used bytes that its key does not stand for"
             self.reached["used"] += 1
+
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Private blocks go; one that is still being written leaves its slot to its writer."""
+        index = self.life.index
+        index.discard(keys)
+        for write in self.life.granted:
+            if write.key in keys and write.reservation_id in index._reservations.quarantined:
+                write.deadline = min(write.deadline, self.now)
+
+    def drop_corrupt(self, keys: Sequence[bytes]) -> None:
+        """Somebody found wrong bytes under these keys."""
+        self.life.index.drop_corrupt(keys)
 
     def flip(self, write: Write) -> None:
         """A bit turns."""

@@ -24,10 +24,12 @@ from services.kvstore.block import LeaseOutcome, ReserveOutcome
 from services.kvstore.disk import Move, Promoted
 from services.kvstore.disk_format import Header, file_num_bytes
 from services.kvstore.index import BlockIndex
+from tests.services.kvstore.watched_world import Follower, sealed_keys
 
 SIZE, NUM_SLOTS, NUM_FILES = 4096, 5, 6
 KEYS = st.lists(st.sampled_from([bytes([65 + i]) * 32 for i in range(8)]), min_size=1, max_size=4)
 TTLS = st.sampled_from([1.0, 4.0, 1000.0])
+TENANTS = st.sampled_from(["", "tenant"])
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
@@ -48,7 +50,10 @@ class TierMachine(RuleBasedStateMachine):
         self.writes: list[Move] = []
         self.reads: list[Move] = []
         self.arrived: list[Move] = []
+        self.pinned: dict[int, set[bytes]] = {}
+        self.follower = Follower()
         self.index = self.fresh_index(first_id=1)
+        self.follower.begin(self.index, "1")
 
     def fresh_index(self, first_id: int) -> BlockIndex:
         return BlockIndex(
@@ -58,6 +63,8 @@ class TierMachine(RuleBasedStateMachine):
             quarantine_s=30,
             first_id=first_id,
             disk_num_bytes=NUM_FILES * file_num_bytes(SIZE),
+            tenant_num_bytes=4 * SIZE,
+            num_changes=16,
         )
 
     @rule(data=st.data())
@@ -67,14 +74,17 @@ class TierMachine(RuleBasedStateMachine):
         steps += ["begin_promotion"] * 3 * bool(self.files)
         steps += ["end_promotion"] * 3 * bool(self.reads)
         steps += ["settle"] * bool(self.arrived) + ["release"] * bool(self.leases)
-        steps += ["pass_time"] + ["restart"] * (len(self.files) > 3)
+        steps += ["pin"] + ["unpin"] * 2 * bool(self.pinned)
+        steps += ["pass_time"] + ["restart"] * 2 * (len(self.files) > 1)
         getattr(self, data.draw(st.sampled_from(steps)))(data.draw)
 
     def write(self, draw: Draw) -> None:
         """Reserves, writes, and seals (s), acknowledges (a) or does neither (x)."""
         keys, ttl_s, fate = draw(KEYS), draw(TTLS), draw(st.sampled_from("ssssssax"))
         is_private = draw(st.sampled_from([False, False, True]))
-        answers = self.index.reserve("w", keys, SIZE, ttl_s=ttl_s, is_private=is_private)
+        answers = self.index.reserve(
+            "w", keys, SIZE, ttl_s=ttl_s, is_private=is_private, tenant=draw(TENANTS)
+        )
         ids: list[int] = []
         for key, answer in zip(keys, answers, strict=True):
             if answer.outcome is ReserveOutcome.RESERVED:
@@ -101,6 +111,18 @@ class TierMachine(RuleBasedStateMachine):
         lent = self.leases.pop(lease_id)
         if self.index.release("r", lease_id) is LeaseOutcome.HELD:
             assert all(self.slots[offset] == key for offset, key in lent.items())
+
+    def pin(self, draw: Draw) -> None:
+        keys = [*draw(KEYS), *sorted(self.files)[:1]]
+        num_pinned, pin_id = self.index.pin("p", keys, ttl_s=1000.0)
+        if num_pinned:
+            self.pinned[pin_id] = set(keys[:num_pinned])
+            self.note("pinned on disk" if self.pinned[pin_id] & set(self.files) else "pinned")
+
+    def unpin(self, draw: Draw) -> None:
+        pin_id = draw(st.sampled_from(sorted(self.pinned)))
+        del self.pinned[pin_id]
+        assert self.index.unpin("p", pin_id)
 
     def begin_demotion(self, draw: Draw) -> None:
         move = self.index.disk.next_demotion()
@@ -139,6 +161,8 @@ class TierMachine(RuleBasedStateMachine):
             self.slots[move.offset] = self.files[move.header.key]
             self.arrived.append(move)
         self.index.disk.promoted(move, outcome)
+        if outcome is Promoted.UNUSABLE:
+            self.lose_pins([move.header.key])
 
     def settle(self, draw: Draw) -> None:
         move = self.arrived.pop()
@@ -156,10 +180,13 @@ class TierMachine(RuleBasedStateMachine):
             getattr(self.index, how)(keys)
             if how == "drop_corrupt":
                 assert not self.index.lookup("r", keys[:1], SIZE, ttl_s=1).lease_id
+                self.lose_pins(keys)
 
     def pass_time(self, draw: Draw) -> None:
         self.now += draw(st.sampled_from([0.5, 2.0, 10.0, 40.0]))
         self.index.expire()
+        if not self.index.counts().num_pins:
+            self.pinned.clear()
         self.leases.clear()  # some have expired; none is asked about any more
 
     def restart(self, draw: Draw) -> None:
@@ -171,7 +198,8 @@ class TierMachine(RuleBasedStateMachine):
         self.index = self.fresh_index(first_id=1000)
         keys = self.files
         self.index.disk.load([Header(key=k, num_bytes=SIZE, digest=k[0]) for k in keys])
-        self.slots, self.leases, self.arrived = {}, {}, []
+        self.slots, self.leases, self.arrived, self.pinned = {}, {}, [], {}
+        self.follower.begin(self.index, "2")
         assert self.index.counts().num_on_disk == len(self.files)
 
     @invariant()
@@ -181,6 +209,15 @@ class TierMachine(RuleBasedStateMachine):
         counts = self.index.counts()
         assert counts.num_on_disk == len(self.files) <= NUM_FILES
         assert counts.num_promoting == len(self.reads)
+        there = sealed_keys(self.index) | set(self.files)
+        assert self.follower.catch_up() == there, "a watcher knows other keys"
+        assert set().union(*self.pinned.values()) <= there, "a pinned block was evicted"
+
+    def lose_pins(self, keys: list[bytes]) -> None:
+        """Corrupt blocks go, pinned or not; those that are only on disk are not asked about."""
+        self.remove_files()
+        for pinned in self.pinned.values():
+            pinned -= set(keys) - sealed_keys(self.index) - set(self.files)
 
     def moves(self) -> list[Move]:
         return [*self.writes, *self.reads, *self.arrived]
@@ -221,4 +258,5 @@ def test_the_machine_reaches_what_it_is_about() -> None:
         "restarted with files",
         "evicted to disk",
         "dropped while it was copied",
+        "pinned on disk",
     }, reached
