@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -152,12 +153,14 @@ class Publish:
     async def _reserve(self, shard: Shard, indices: list[int], deadline: Deadline) -> None:
         for start in range(0, len(indices), MAX_KEYS):
             chunk = indices[start : start + MAX_KEYS]
+            attempt = secrets.randbits(63) + 1
             try:
                 grant = await self._shards.background.keep(
-                    self._grant(shard, chunk, deadline),
+                    self._grant(shard, chunk, deadline, attempt),
                     undo=lambda grant: self._give_back_slots(list(grant.slots.values())),
                 )
             except TROUBLE:
+                self._shards.background.spawn(self._shards.take_back(shard, attempt, self._ttl_s))
                 return
             self._sealed |= grant.sealed
             if self._is_closed:  # meanwhile
@@ -165,7 +168,9 @@ class Publish:
             else:
                 self._slots |= grant.slots
 
-    async def _grant(self, shard: Shard, indices: list[int], deadline: Deadline) -> _Grant:
+    async def _grant(
+        self, shard: Shard, indices: list[int], deadline: Deadline, attempt: int
+    ) -> _Grant:
         request = kvstore_pb2.ReserveRequest(
             incarnation=self._shards.incarnation,
             keys=[self._keys[index] for index in indices],
@@ -173,6 +178,7 @@ class Publish:
             is_private=self._is_private,
             ttl_s=self._ttl_s,
             tenant=self._tenant,
+            attempt=attempt,
         )
         # From here, not from the answer: the store's clock for it began later.
         life, expires_at = shard.life, time.monotonic() + self._ttl_s

@@ -93,11 +93,14 @@ class BlockIndex:
         ttl_s: float,
         is_private: bool = False,
         tenant: str = "",
+        attempt: int = 0,
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         self.expire()
         deadline, number = self._clock() + ttl_s, tenant_number(tenant)
-        return self._reservations.reserve(owner, keys, num_bytes, deadline, is_private, number)
+        return self._reservations.reserve(
+            owner, keys, num_bytes, deadline, is_private, number, attempt
+        )
 
     def seal(
         self, owner: str, reservation_ids: Sequence[int], digests: Sequence[int]
@@ -108,10 +111,14 @@ class BlockIndex:
         pairs = zip(reservation_ids, digests, strict=True)
         return [seal(owner, number, digest, now) for number, digest in pairs]
 
-    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
-        """Frees slots, reserved or quarantined, that their writer will never touch again."""
+    def acknowledge(self, owner: str, reservation_ids: Iterable[int], *, attempt: int = 0) -> int:
+        """Frees slots, reserved or quarantined, that their writer will never touch again.
+
+        Also those of an attempt, if not 0.
+        """
         self.expire()
-        return self._reservations.acknowledge(owner, reservation_ids)
+        lost = self._reservations.of_attempt(owner, attempt) if attempt else []
+        return self._reservations.acknowledge(owner, [*reservation_ids, *lost])
 
     def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
         """Leases the longest sealed prefix of the keys in memory and marks it as used."""

@@ -34,6 +34,7 @@ class Claim:
     owner: str
     row: int
     offset: int
+    attempt: int
 
 
 class Reservations:
@@ -73,6 +74,7 @@ class Reservations:
         deadline: float,
         is_private: bool,
         tenant: int,
+        attempt: int,
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         answers: list[Reserved] = []
@@ -92,7 +94,7 @@ class Reservations:
                 self._blocks.tenant.at[row] = tenant
                 self._blocks.touch(row)
                 self._memory.place(row, offset, num_bytes, BlockState.RESERVED)
-                answers.append(self._claim(owner, row, offset, deadline))
+                answers.append(self._claim(owner, row, offset, deadline, attempt))
             parent = NOBODY if is_private else row
         return answers
 
@@ -128,6 +130,11 @@ class Reservations:
                 self.end(number)
                 num_freed += 1
         return num_freed
+
+    def of_attempt(self, owner: str, attempt: int) -> list[int]:
+        """Ids of what one Reserve got and nobody has given back."""
+        claims = {**self.live, **self.quarantined}
+        return [n for n, c in claims.items() if c.owner == owner and c.attempt == attempt]
 
     def first_live(self, rows: RowArray) -> int:
         """The reservation of the first row without sealed bytes, in memory or on disk; 0: none."""
@@ -176,9 +183,9 @@ class Reservations:
         self._blocks.touch(row)
         return _ALREADY_SEALED
 
-    def _claim(self, owner: str, row: int, offset: int, deadline: float) -> Reserved:
+    def _claim(self, owner: str, row: int, offset: int, deadline: float, attempt: int) -> Reserved:
         number = next(self._ids) << _ROW_BITS | row
-        self.live[number] = Claim(owner=owner, row=row, offset=offset)
+        self.live[number] = Claim(owner=owner, row=row, offset=offset, attempt=attempt)
         self._blocks.reservation_id.at[row] = number
         self._deadlines.set(Due.RESERVATION, number, deadline)
         return Reserved(outcome=ReserveOutcome.RESERVED, reservation_id=number, offset=offset)

@@ -116,6 +116,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             ttl_s=request.ttl_s,
             is_private=request.is_private,
             tenant=request.tenant,
+            attempt=request.attempt,
         )
         messages = [_reservation(answer, request.num_bytes) for answer in answers]
         return kvstore_pb2.ReserveResponse(reservations=messages)
@@ -136,7 +137,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.AcknowledgeResponse:
         """Frees slots that the writer is done with."""
         check_count("reservation_ids", request.reservation_ids)
-        num_freed = self._index.acknowledge(request.incarnation, request.reservation_ids)
+        num_freed = self._index.acknowledge(
+            request.incarnation, request.reservation_ids, attempt=request.attempt
+        )
         return kvstore_pb2.AcknowledgeResponse(num_freed=num_freed)
 
     async def Lookup(  # noqa: N802 - gRPC method name

@@ -21,11 +21,10 @@ class LateSeal(BlockIndex):
         *,
         ttl_s: float,
         is_private: bool = False,
-        tenant: str = "",
+        **rest: Any,
     ) -> list[Reserved]:
-        return super().reserve(
-            owner, keys, num_bytes, ttl_s=10 * ttl_s, is_private=is_private, tenant=tenant
-        )
+        ttl_s *= 10
+        return super().reserve(owner, keys, num_bytes, ttl_s=ttl_s, is_private=is_private, **rest)
 
 
 class BlindEviction(BlockIndex):
@@ -48,7 +47,7 @@ class AlwaysHeld(BlockIndex):
 class AnyOwner(BlockIndex):
     """Lets every caller acknowledge everything."""
 
-    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
+    def acknowledge(self, owner: str, reservation_ids: Iterable[int], *, attempt: int = 0) -> int:
         owners = ["another", *(f"w{i}.{n}" for i in range(2) for n in range(5))]
         ids = list(reservation_ids)
         return sum(super(AnyOwner, self).acknowledge(each, ids) for each in owners)

@@ -201,6 +201,19 @@ async def test_a_reader_waits_no_longer_than_the_writer_writes(service: Service,
     assert len((await reading).offsets) == len(sealed) == 1
 
 
+async def test_a_writer_that_got_no_answer_gives_back_by_attempt(service: Service) -> None:
+    await connect(service)
+    stub = service.stub
+    await stub.Reserve(reserve_request(keys=[KEY_A], attempt=5))
+    await stub.Reserve(reserve_request(keys=[KEY_B], attempt=6))
+    others = pb.AcknowledgeRequest(incarnation="another", attempt=5)
+    assert (await stub.Acknowledge(others)).num_freed == 0
+    own = pb.AcknowledgeRequest(incarnation="w", attempt=5)
+    assert (await stub.Acknowledge(own)).num_freed == 1
+    assert (await stub.Acknowledge(pb.AcknowledgeRequest(incarnation="w"))).num_freed == 0
+    assert service.index.counts().num_reserved == 1
+
+
 async def test_discard_of_a_private_block_under_way(service: Service) -> None:
     await connect(service)
     stub = service.stub
