@@ -26,6 +26,7 @@ log = logging.getLogger("kvmesh.kvstore")
 
 RPC_TIMEOUT_S = 2.0
 UNKNOWN_INCARNATION = "UNKNOWN_INCARNATION"
+_OPENING = ("Lookup", "Reserve")  # calls that give leases and slots
 _FIRST_BACK_OFF_S, _LAST_BACK_OFF_S = 0.2, 2.0
 _STABLE_S = 10.0  # up for this long: the next loss starts with a short back-off again
 _HEARTBEAT_S = 1.0
@@ -111,7 +112,8 @@ class Shard:
             raise Unavailable(
                 f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN"
             )
-        if self._is_closed:
+        # Whoever chose this shard just before it left: what it granted now would be lost.
+        if self._is_closed or (self.has_left and name in _OPENING):
             raise Unavailable(f"kvstore {self.address} has left", reason="KVSTORE_DOWN")
         peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
         try:

@@ -113,6 +113,27 @@ async def test_slots_at_a_store_that_left_are_given_back_and_asked_for_at_the_ot
     sending.close()
 
 
+@pytest.mark.parametrize("kind", ["reserve", "pull"])
+async def test_a_store_that_leaves_at_any_moment_keeps_no_promise(mesh: Mesh, kind: str) -> None:
+    client = await mesh.started(2)
+    mesh.fill(16)
+    await publish(client, keys_of(8))
+    gone, stay = client.states
+    for num_turns in range(40):
+        client.follow([gone, stay])
+        assert await client.until_up(PATIENCE_S)
+        sending = client.publish(keys_of(16)[8:])
+        work = mesh.pull(client, keys_of(8)) if kind == "pull" else sending.reserve(Deadline(9.0))
+        task = asyncio.ensure_future(work)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        client.follow([stay])
+        await task
+        sending.close()
+        await _until(lambda: client.states == {stay: "up"})
+        assert mesh.stores[0].reserved == {} and mesh.stores[0].leases == {}, num_turns
+
+
 async def test_a_late_write_is_acknowledged_before_its_store_is_gone(mesh: Mesh) -> None:
     client = await mesh.started()
     mesh.fill(4)
