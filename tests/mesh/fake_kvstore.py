@@ -42,6 +42,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.loses_answers = False
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
+        self.acknowledged = asyncio.Event()
         self._next = 1
         self._free = list(range(NUM_BLOCKS))
 
@@ -94,6 +95,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         ids = [*request.reservation_ids, *self.attempts.pop(request.attempt, [])]
         freed = [self.reserved.pop(i) for i in ids if i in self.reserved]
         self._free += [slot for _, slot, _ in freed]
+        self.acknowledged.set()
         return kvstore_pb2.AcknowledgeResponse(num_freed=len(freed))
 
     async def Lookup(self, request: Any, context: Any) -> Any:  # noqa: N802

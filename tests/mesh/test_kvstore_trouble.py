@@ -61,9 +61,8 @@ async def test_slots_whose_grant_was_lost_are_given_back(mesh: Mesh) -> None:
     store.loses_answers = True
     assert await publish(client, keys_of(4)) == 0
     store.loses_answers = False
-    async with asyncio.timeout(PATIENCE_S):
-        while store.reserved:
-            await asyncio.sleep(0.01)
+    await asyncio.wait_for(store.acknowledged.wait(), PATIENCE_S)
+    assert not store.reserved
     assert await client.until_up(PATIENCE_S)
     assert await publish(client, keys_of(4)) == 4
 
