@@ -18,6 +18,7 @@ from services.kvstore.arena import SlotAllocator
 from services.kvstore.callers import CallerTable
 from services.kvstore.index import BlockIndex
 from services.kvstore.servicer import KvStoreServicer
+from services.kvstore.tenants import tenant_number
 
 SIZE = 4096
 ARENA = 16 * SIZE
@@ -163,6 +164,28 @@ async def test_discard_drops_a_private_block(service: Service) -> None:
     assert (await service.stub.Discard(pb.DiscardRequest(keys=[KEY_A]))).num_dropped == 1
 
 
+async def test_pins_over_the_wire(service: Service) -> None:
+    await connect(service)
+    await put(service)
+    pin = pb.PinRequest(incarnation="w", keys=[KEY_A, KEY_B, b"c" * 32], ttl_s=5.0)
+    pinned = await service.stub.Pin(pin)
+    assert pinned.num_pinned == 2 and pinned.pin_id
+    assert service.index.evict(2) == 0
+    other = pb.UnpinRequest(incarnation="x", pin_id=pinned.pin_id)
+    assert not (await service.stub.Unpin(other)).unpinned
+    unpin = pb.UnpinRequest(incarnation="w", pin_id=pinned.pin_id)
+    assert (await service.stub.Unpin(unpin)).unpinned
+    assert not (await service.stub.Unpin(unpin)).unpinned
+    service.servicer.drain()
+    assert (await failure(service.stub.Pin(pin))).reason == "DRAINING"
+
+
+async def test_a_tenant_is_counted_by_its_name(service: Service) -> None:
+    await connect(service)
+    await put(service, tenant="t" * 64)
+    assert service.index._memory.tenants.num_bytes == {tenant_number("t" * 64): 2 * SIZE}
+
+
 async def test_a_full_store_says_so(service: Service) -> None:
     await connect(service)
     keys = [bytes([i]) * 32 for i in range(17)]
@@ -175,7 +198,8 @@ async def test_a_full_store_says_so(service: Service) -> None:
 async def test_unknown_incarnations_must_connect(service: Service) -> None:
     seal = pb.SealRequest(incarnation="w")
     stub = service.stub
-    for call in (stub.Reserve(reserve_request()), stub.Seal(seal), stub.Lookup(lookup_request())):
+    calls = (stub.Reserve(reserve_request()), stub.Seal(seal), stub.Lookup(lookup_request()))
+    for call in (*calls, stub.Pin(pb.PinRequest(ttl_s=1))):
         error = await failure(call)
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.reason == "UNKNOWN_INCARNATION"
@@ -202,6 +226,11 @@ BAD_REQUESTS = [
     ("Reserve", reserve_request(num_bytes=ARENA + 1), "num_bytes", str(ARENA)),
     ("Reserve", reserve_request(ttl_s=0.0), "ttl_s", "300"),
     ("Reserve", reserve_request(ttl_s=float("nan")), "ttl_s", "nan"),
+    ("Reserve", reserve_request(tenant="t" * 65), "tenant", "65 bytes; the limit is 64"),
+    ("Pin", pb.PinRequest(keys=[KEY_A, b"x"], ttl_s=1.0), "keys[1]", "1 bytes"),
+    ("Pin", pb.PinRequest(keys=[KEY_A] * 4097, ttl_s=1.0), "keys", "4096"),
+    ("Pin", pb.PinRequest(keys=[KEY_A]), "ttl_s", "300"),
+    ("Pin", pb.PinRequest(keys=[KEY_A], ttl_s=301.0), "ttl_s", "301"),
     ("Lookup", lookup_request(keys=[b""]), "keys[0]", "0 bytes"),
     ("Lookup", lookup_request(num_bytes=0), "num_bytes", "0;"),
     ("Lookup", lookup_request(ttl_s=300.5), "ttl_s", "300.5"),
