@@ -46,17 +46,18 @@ class _LruQueue:
     ) -> None:
         self._blocks = blocks
         self._listed = listed
-        self._mark = mark
+        self.mark = mark
         self._is_candidate = is_candidate
         self._heap: list[int] = []  # last_used << _ROW_BITS | row
+        self._max_len = _PATIENCE
 
     def has(self, row: int) -> bool:
         """Whether a row is listed here."""
-        return self._listed.at[row] == self._mark
+        return self._listed.at[row] == self.mark
 
     def push(self, row: int) -> None:
         """Lists a candidate that is not."""
-        self._listed.at[row] = self._mark
+        self._listed.at[row] = self.mark
         heapq.heappush(self._heap, self._blocks.last_used.at[row] << _ROW_BITS | row)
 
     def peek(self) -> int:
@@ -65,7 +66,7 @@ class _LruQueue:
         num_stale = 0
         while heap:
             row = heap[0] & _ROW_MASK
-            if listed[row] != self._mark:
+            if listed[row] != self.mark:
                 heapq.heappop(heap)
             elif not self._is_candidate(row):
                 heapq.heappop(heap)
@@ -78,6 +79,16 @@ class _LruQueue:
                 self._sort()
             num_stale += 1
         return NOBODY
+
+    def prune(self) -> None:
+        """Forgets entries of rows that are listed elsewhere now, once these may be half of all."""
+        if len(self._heap) > self._max_len:
+            rows = np.unique([entry & _ROW_MASK for entry in self._heap])
+            rows = rows[self._listed.values[rows] == self.mark]
+            uses = self._blocks.last_used.values[rows].tolist()
+            pairs = zip(uses, rows.tolist(), strict=True)
+            self._heap = sorted(used << _ROW_BITS | row for used, row in pairs)
+            self._max_len = 2 * len(self._heap) + _PATIENCE
 
     def check(self) -> list[int]:
         """The rows listed, after asserting that no entry is newer than its block's last use."""
@@ -172,11 +183,18 @@ class TenantLeaves(LruLeaves):
             queue = self._queue_of(self._blocks.tenant.at[row])
             if not queue.has(row):
                 queue.push(row)
+                queue.prune()
 
     def offer_all(self, rows: RowArray) -> None:
         """Lists those that are candidates."""
-        for row in rows[self._are_candidates(rows)].tolist():
-            self.offer(row)
+        rows = rows[self._are_candidates(rows)]
+        tenants = self._blocks.tenant.values.take(rows)
+        for tenant in np.unique(tenants).tolist():
+            own, mark = rows[tenants == tenant], self._queue_of(tenant).mark
+            is_listed = self._is_listed.values.take(own)
+            is_listed &= self._listed_for.values.take(own) == mark
+            for row in own[~is_listed].tolist():
+                self.offer(row)
 
     def peek_of(self, tenant: int) -> int:
         """A tenant's next victim; NOBODY when nothing of it may go."""

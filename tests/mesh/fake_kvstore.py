@@ -37,6 +37,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.leases: dict[int, list[bytes]] = {}
         self.corrupt: list[bytes] = []
         self.num_keys_asked: list[int] = []
+        self.tenants: list[str] = []
         self.num_leases = 0
         self.expires = False
         self.loses_answers = False
@@ -56,6 +57,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def Reserve(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._enter(request)
+        self.tenants.append(request.tenant)
         answer = kvstore_pb2.ReserveResponse()
         taken = {key for key, _, _ in self.reserved.values()}
         for key in request.keys:

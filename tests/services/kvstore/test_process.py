@@ -45,6 +45,9 @@ def refusal(kv_bytes: str, *flags: str) -> str:
 def test_a_bad_size_is_named() -> None:
     errors = refusal("many")
     assert "--kv-bytes: 'many'" in errors and "Traceback" not in errors
+    errors = refusal("1MiB", "--tenant-bytes", "few")
+    assert "--tenant-bytes: 'few'" in errors and "Traceback" not in errors
+    assert "--max-pinned" in refusal("1MiB", "--max-pinned", "1.5")
 
 
 def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_the_machine_finds(name: str) -> None:
 
 
 def test_the_machine_reaches_what_it_is_about() -> None:
-    assert set(_run(Habits(pins=True), num_examples=20)) >= {
+    assert set(_run(Habits(pins=True), num_examples=60)) >= {
         "used",
         "HELD",
         "EXPIRED",

@@ -232,8 +232,9 @@ async def test_a_client_that_fell_behind_is_told_everything_anew(store: Store) -
     await store.start(num_changes=8)
     watch = store.watch()
     await until(watch, set(), "kvstore-2")
-    for turn in range(6):  # without a pause: the stream cannot take them
-        keys = store.put(100 * turn, 40)
+    for turn in range(5):  # without a pause: the stream cannot take them
+        store.put(100 * turn, 40)
+    keys = store.put(500, 40)
     await until(watch, keys | set(keys_of(400, 24)), "kvstore-2")
 
 
