@@ -140,7 +140,13 @@ def test_it_serves_and_drains() -> None:
                 raise AssertionError("another NIXL version was accepted")
             except grpc.RpcError as error:
                 assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-        process.send_signal(signal.SIGTERM)
+            assert not instance.counts.num_pins
+            watch = store.Watch(kvstore_pb2.WatchRequest(), timeout=20)
+            assert next(watch).life.startswith("kvstore-")
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as ended:
+                list(watch)
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE  # pyright: ignore[reportAttributeAccessIssue]
         assert process.wait(15) == 0
     finally:
         process.kill()
