@@ -140,7 +140,8 @@ class Prompt:
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         tenant = tenant_id(request.cache_salt)
-        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key, tenant)
+        tail_key = request.tail_key if num_tokens % block_tokens else b""
+        self._sending = Sending(worker, self._keys, num_pulled, tail_key, tenant)
         self._num_sent = num_pulled
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()

@@ -25,12 +25,12 @@ _PROMISES = {
 class Books:
     """Taken while the mesh is idle and warm; `settle` waits until it is so again."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, timeout_s: float = 20.0) -> None:
         self._mesh = mesh
         self._num_losses = 0
         self._loads: dict[str, tuple[int, int]] = {}
         self.problems: list[str] = []
-        self.settle()
+        self.settle(timeout_s=timeout_s)
 
     def lose(self) -> None:
         """A process was killed or frozen: what it held in a store ends by its deadline only."""

@@ -29,7 +29,8 @@ HELD_PHASES = {  # phase: whose hop to the store, the method held
     "get": ("decode", f"{STORE}/Release"),
 }
 PHASES = (*HELD_PHASES, "first token", "mid-stream")
-BEFORE_HANDOFF = ("queued", "prefill", "put")
+BEFORE_HANDOFF = ("queued", "prefill")
+WITHOUT_RANK = (*BEFORE_HANDOFF, "put")  # or with one since a moment ago
 NUM_TOKENS_MID_STREAM = 20
 
 
