@@ -31,6 +31,7 @@ from benchmarks.transfer_bandwidth import cpu_name
 from kv.digest import block_digest
 from mesh.telemetry import Telemetry
 from services.kvstore.arena import DramArena, SlotAllocator
+from services.kvstore.disk_copies import DirectWindow
 from services.kvstore.disk_files import DiskFiles
 from services.kvstore.disk_format import file_num_bytes
 from services.kvstore.index import BlockIndex
@@ -58,12 +59,13 @@ class Bench:
         self.files = DiskFiles(directory)
         telemetry = Telemetry.start(role="bench", incarnation="bench", endpoint=None)
         self.mover = Mover(
-            index=self.index, files=self.files, memory=self.arena.memory, telemetry=telemetry
+            index=self.index, arena_num_bytes=self.arena.num_bytes, telemetry=telemetry
         )
         self.paths = [directory / f"{key.hex()}.kv" for key in self.keys]
 
     async def fill(self) -> float:
         """Seals blocks, PART at a time, until all are on disk; returns bytes per second written."""
+        await self.mover.load_disk(self.files, DirectWindow(self.arena.memory))
         parts = [self.keys[first : first + PART] for first in range(0, self.num_blocks, PART)]
         duration_s = sum([await self._put(part) for part in parts])
         assert self.index.counts().num_on_disk == self.num_blocks
@@ -85,10 +87,12 @@ class Bench:
         return time.perf_counter() - started_at
 
     async def _until_written(self) -> None:
-        num_pending = self.index.disk.num_pending
+        disk = self.index.lower.disk
+        assert disk is not None
+        num_pending = disk.num_pending
         while num_pending:
             await asyncio.sleep(0.001)
-            num_pending = self.index.disk.num_pending
+            num_pending = disk.num_pending
 
     async def promote(self, *, check: bool = False) -> float:
         """Empties memory, looks all blocks up; returns bytes per second."""

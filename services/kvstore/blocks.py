@@ -1,7 +1,7 @@
 """The blocks that the store knows by key: one row each, in columns.
 
-Owns the life of a row: it lasts while the block has a place, in memory or on disk, or a child that
-has one. Owns the order of use, which all tiers share. Never decides where a block is.
+Owns the life of a row: it lasts while the block has a place, in memory or in a lower tier, or a
+child that has one. Owns the order of use, which all tiers share. Never decides where a block is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from services.kvstore.block import BlockState, DiskState
+from services.kvstore.block import BlockState, CopyState
 from services.kvstore.rows import NOBODY, Column, RowArray, Rows
 
 
@@ -20,7 +20,6 @@ class Blocks(Rows):
     def __init__(self) -> None:
         super().__init__()
         self.state = self.column(np.uint8)  # BlockState
-        self.disk = self.column(np.uint8)  # DiskState
         self.is_private = self.column(np.bool_)
         self.num_holds = self.column(np.int32)  # leases and moves that need the slot's bytes
         self.parent = self.column(np.int32)  # row of the block before it in its chain, or NOBODY
@@ -31,12 +30,19 @@ class Blocks(Rows):
         self.reservation_id = self.column(np.int64)
         self.last_used = self.column(np.int64)
         self._children: list[Column] = []  # of each tier
+        self._copies: list[Column] = []  # of each lower tier
         self._num_uses = 0
 
     def children(self) -> Column:
         """A column for the numbers of children in one more tier."""
         column = self.column(np.int32)
         self._children.append(column)
+        return column
+
+    def copies(self) -> Column:
+        """A column for the CopyState in one more tier."""
+        column = self.column(np.uint8)
+        self._copies.append(column)
         return column
 
     def open(self, key: bytes, parent: int) -> int:
@@ -52,9 +58,13 @@ class Blocks(Rows):
         return row
 
     def has_place(self, row: int) -> bool:
-        """Whether a block is in memory or on disk, or on its way there."""
-        is_in_memory = self.state.at[row] != BlockState.ABSENT
-        return is_in_memory or self.disk.at[row] != DiskState.ABSENT
+        """Whether a block is in memory or in a lower tier, or on its way there."""
+        if self.state.at[row] != BlockState.ABSENT:
+            return True
+        for column in self._copies:  # noqa: SIM110 - a generator is what eviction would wait for
+            if column.at[row] != CopyState.ABSENT:
+                return True
+        return False
 
     def is_parent(self, row: int) -> bool:
         """Whether a block with a place names it as its parent."""

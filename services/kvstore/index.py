@@ -1,7 +1,7 @@
 """The books of the store: which block is where, who may write it, who reads it, when that ends.
 
 Owns the deadlines of all promises and the order in which a block leaves its books; the books are
-reservations.py (writers), leases.py (readers), memory.py and disk.py (places). Pure: no I/O, no
+reservations.py (writers), leases.py (readers), memory.py and tiers.py (places). Pure: no I/O, no
 tasks; time comes from the injected clock. Runs on the event loop only. Nothing unsealed is handed
 to a reader; a slot has one owner at a time.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import (
     BlockState,
-    DiskState,
     IndexCounts,
     Leased,
     LeaseOutcome,
@@ -24,19 +23,20 @@ from services.kvstore.block import (
 )
 from services.kvstore.blocks import Blocks
 from services.kvstore.books import check_books
-from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.leases import Leases
 from services.kvstore.memory import MemoryTier
 from services.kvstore.reservations import Reservations
 from services.kvstore.rows import NOBODY
+from services.kvstore.tiers import LowerTiers
 
 
 class BlockIndex:
     """Blocks by key, with reservations and leases, over one slot allocator.
 
     Args: `clock` is monotonic, in seconds; `first_id` starts the ids, so that two lives of a store
-    need not share any; `private_ttl_s` counts from Seal; `disk_num_bytes` 0 is no disk.
+    need not share any; `private_ttl_s` counts from Seal; 0 `host_num_bytes` or
+    `disk_num_bytes` is no such tier.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class BlockIndex:
         private_ttl_s: float = 120.0,
         quarantine_s: float = 120.0,
         first_id: int = 1,
+        host_num_bytes: int = 0,
         disk_num_bytes: int = 0,
     ) -> None:
         self._slots = slots
@@ -55,13 +56,18 @@ class BlockIndex:
         self._deadlines = Deadlines()
         self._blocks = Blocks()
         self._memory = MemoryTier(self._blocks, slots)
-        self.disk = DiskTier(self._blocks, self._memory, disk_num_bytes)
+        self.lower = LowerTiers(
+            self._blocks,
+            self._memory,
+            host_num_bytes=host_num_bytes,
+            disk_num_bytes=disk_num_bytes,
+        )
         self._leases = Leases(self._blocks, self._memory)
         self._reservations = Reservations(
             blocks=self._blocks,
             slots=slots,
             memory=self._memory,
-            disk=self.disk,
+            lower=self.lower,
             deadlines=self._deadlines,
             ids=self._ids,
             quarantine_s=quarantine_s,
@@ -117,8 +123,14 @@ class BlockIndex:
         return LeaseOutcome.EXPIRED
 
     def drop_corrupt(self, keys: Iterable[bytes]) -> int:
-        """Drops sealed blocks whose bytes a reader found wrong; returns how many."""
-        return self._drop_sealed(keys, only_private=False)
+        """Drops sealed blocks whose bytes a reader found wrong; returns how many.
+
+        Copies below go even where the block has left the arena meanwhile: they may be of those
+        bytes. One that is on its way back stays until its reader reports it.
+        """
+        keys = list(keys)
+        num_dropped = self._drop_sealed(keys, only_private=False)
+        return num_dropped + sum(map(self._forget_copies, keys))
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Drops sealed private blocks that nobody will read; returns how many."""
@@ -157,7 +169,7 @@ class BlockIndex:
 
     def counts(self) -> IndexCounts:
         """Present numbers, without expiring anything."""
-        blocks = self._blocks
+        blocks, host, disk = self._blocks, self.lower.host, self.lower.disk
         num_by_state = np.bincount(blocks.state.values, minlength=len(BlockState)).tolist()
         return IndexCounts(
             num_sealed=num_by_state[BlockState.SEALED],
@@ -167,21 +179,23 @@ class BlockIndex:
             num_dropped=num_by_state[BlockState.DROPPED],
             num_leases=len(self._leases.live),
             num_promoting=num_by_state[BlockState.PROMOTING],
-            num_on_disk=int(np.count_nonzero(blocks.disk.values == DiskState.PRESENT)),
-            disk_num_bytes=self.disk.num_bytes,
+            num_in_host=host.num_blocks if host else 0,
+            num_on_disk=disk.num_blocks if disk else 0,
+            host_num_bytes=host.num_bytes if host else 0,
+            disk_num_bytes=disk.num_bytes if disk else 0,
         )
 
     def check(self) -> None:
         """Asserts that every slot has one owner and that all books agree."""
         self._slots.check()
         self._blocks.check()
-        self.disk.check()
+        self.lower.check()
         check_books(
             blocks=self._blocks,
             memory=self._memory,
             reservations=self._reservations,
             leases=self._leases,
-            moving=self.disk.held_rows(),
+            moving=self.lower.held_rows(),
             deadlines=self._deadlines,
             used_offsets=self._slots.used_offsets,
         )
@@ -189,7 +203,7 @@ class BlockIndex:
     def _drop(self, row: int) -> None:
         """Takes a sealed block out of every place and book."""
         self._deadlines.cancel(Due.PRIVATE, self._blocks.reservation_id.at[row])
-        self.disk.forget(row)
+        self.lower.forget(row)
         self._memory.drop(row)
 
     def _drop_sealed(self, keys: Iterable[bytes], *, only_private: bool) -> int:
@@ -202,6 +216,11 @@ class BlockIndex:
                 self._drop(row)
                 num_dropped += 1
         return num_dropped
+
+    def _forget_copies(self, key: bytes) -> bool:
+        row = self._blocks.row_of(key)
+        is_on_its_way = self._blocks.state.at[row] == BlockState.PROMOTING
+        return not is_on_its_way and self.lower.forget(row)
 
     def _end_lease(self, lease_id: int) -> None:
         self._deadlines.cancel(Due.LEASE, lease_id)

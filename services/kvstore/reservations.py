@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import BlockState, Reserved, ReserveOutcome
 from services.kvstore.blocks import Blocks, Names
-from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.memory import MemoryTier
 from services.kvstore.rows import NOBODY
+from services.kvstore.tiers import LowerTiers
 
 _ROW_BITS = 28  # of a reservation's id; the others count
 _ROW_MASK = 2**_ROW_BITS - 1
@@ -43,7 +43,7 @@ class Reservations:
         blocks: Blocks,
         slots: SlotAllocator,
         memory: MemoryTier,
-        disk: DiskTier,
+        lower: LowerTiers,
         deadlines: Deadlines,
         ids: Iterator[int],
         quarantine_s: float,
@@ -52,7 +52,7 @@ class Reservations:
         self._blocks = blocks
         self._slots = slots
         self._memory = memory
-        self._disk = disk
+        self._lower = lower
         self._deadlines = deadlines
         self._ids = ids
         self._quarantine_s = quarantine_s
@@ -76,7 +76,7 @@ class Reservations:
                 full = True
                 answers.append(_FULL)
             else:
-                self._disk.forget_other(row, num_bytes)
+                self._lower.forget_other(row, num_bytes)
                 row = self._blocks.open(key, parent)  # taking may have evicted either
                 self._blocks.is_private.at[row] = is_private
                 self._blocks.touch(row)
@@ -97,7 +97,7 @@ class Reservations:
         del self.live[number]
         self._deadlines.cancel(Due.RESERVATION, number)
         blocks.state.at[row] = BlockState.SEALED
-        self._disk.on_sealed(row, digest)
+        self._lower.on_sealed(row, digest)
         blocks.digest.at[row], blocks.reservation_id.at[row] = digest, number
         blocks.owner.at[row] = self._owners.number(owner)
         blocks.touch(row)

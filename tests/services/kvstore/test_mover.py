@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.kvstore import disk, mover
+from services.kvstore import lower_tier
+from services.kvstore.carrier import DISK_PACE
 from services.kvstore.disk_format import HEADER_NUM_BYTES
 from tests.services.kvstore.tiered_store import PATIENCE_S, TieredStore, keys_of
 
@@ -27,7 +28,7 @@ async def store(tmp_path: Path) -> AsyncIterator[TieredStore]:
 async def test_what_memory_has_no_room_for_comes_back_from_disk(store: TieredStore) -> None:
     for names in ("abcd", "efgh", "ijkl", "mnop"):
         store.put(names)
-        await store.until(lambda: not store.index.disk.num_pending)
+        await store.until(lambda: not store.num_pending)
     assert store.index.counts().num_sealed == 8 and store.index.counts().num_on_disk == 16
     for names in ("abcd", "efgh", "ijkl", "mnop"):
         assert await store.look_up(names) == names
@@ -50,7 +51,7 @@ async def test_a_cold_key_asks_no_disk(store: TieredStore) -> None:
 async def test_a_restarted_store_has_what_was_on_disk(tmp_path: Path) -> None:
     first = await TieredStore.start(tmp_path)
     first.put("abcd")
-    await first.until(lambda: not first.index.disk.num_pending)
+    await first.until(lambda: not first.num_pending)
     await first.close()
     second = await TieredStore.start(tmp_path)
     assert second.index.counts().num_on_disk == 4
@@ -116,7 +117,7 @@ async def test_a_lost_disk_costs_its_blocks_only(store: TieredStore) -> None:
     assert await store.look_up("ab") == ""
     store.put("cd")
     assert await store.look_up("cd") == "cd"
-    await store.until(lambda: not store.index.disk.num_pending or store.counted(FAILURES))
+    await store.until(lambda: not store.num_pending or store.counted(FAILURES))
     assert store.counted(FAILURES)["disk_read"] == 2
 
 
@@ -131,7 +132,7 @@ async def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
     await store.until(lambda: store.counted(FAILURES) == {reason: 1})
     store.files.write_error = None
     store.put("b")
-    assert store.index.disk.num_pending == 1, "the disk was asked again at once"
+    assert store.num_pending == 1, "the disk was asked again at once"
     store.now += 6
     store.mover.wake()
     await store.until(lambda: store.on_disk("ab") == "b")
@@ -141,7 +142,7 @@ async def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
 async def test_what_the_queue_has_no_room_for_is_lost_when_evicted(
     store: TieredStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "MAX_QUEUED", 3)
+    monkeypatch.setattr(lower_tier, "MAX_QUEUED", 3)
     await store.put_on_disk("abcde")
     assert await store.look_up("abcde") == "abc"
     assert store.counted(MOVES)["skipped"] == 2
@@ -251,10 +252,12 @@ async def test_closing_does_not_wait_for_what_is_queued(tmp_path: Path) -> None:
     await store.put_on_disk("abcdefgh")
     store.files.gate.clear()
     lookups = [asyncio.ensure_future(store.look_up(name)) for name in "abcdefgh"]
-    await store.until(lambda: store.files.num_reads == mover.NUM_READERS)
+    await store.until(lambda: store.files.num_reads == DISK_PACE.num_readers)
     assert store.index.counts().num_promoting == 8
     for lookup in lookups:
         lookup.cancel()
     await asyncio.gather(*lookups, return_exceptions=True)
-    assert store.index.counts().num_promoting == mover.NUM_READERS, "the queued were not given back"
+    assert store.index.counts().num_promoting == DISK_PACE.num_readers, (
+        "the queued were not given back"
+    )
     await store.close()
