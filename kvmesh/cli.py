@@ -75,7 +75,12 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         "--store-bytes", help="KV memory of each kvstore; default: 256MiB on cpu, 4GiB on cuda"
     )
     size.add_argument(
-        "--store-disk", type=Path, metavar="DIR", help="where kvstores keep blocks beyond that"
+        "--store-host",
+        metavar="SIZE",
+        help="with --device cuda: pinned host memory of each kvstore, for blocks beyond that",
+    )
+    size.add_argument(
+        "--store-disk", type=Path, metavar="DIR", help="where kvstores keep blocks beyond memory"
     )
     size.add_argument("--store-disk-bytes", default="1GiB", help="most bytes of each in DIR")
     workers = parser.add_argument_group("workers")
@@ -148,6 +153,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         load_format=args.load_format,
         kv_bytes=args.kv_bytes,
         store_bytes=args.store_bytes,
+        store_host=args.store_host,
         store_disk=args.store_disk and args.store_disk.expanduser().resolve(),
         store_disk_bytes=args.store_disk_bytes,
         block_tokens=args.block_tokens,

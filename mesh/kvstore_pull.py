@@ -18,7 +18,7 @@ from protos import kvstore_pb2
 
 Hold = Callable[[list[int], "asyncio.Future[None]"], None]
 _DIGEST_MASK = 2**64 - 1
-# A store may take this long to bring blocks from its disk; the call itself needs the rest.
+# A store may take this long to bring blocks from lower tiers; the call itself needs the rest.
 _MAX_WAIT_S = RPC_TIMEOUT_S / 2
 
 

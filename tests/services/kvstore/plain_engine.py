@@ -25,7 +25,7 @@ class PlainEngine:
         self.error: RuntimeError | None = None
         self.pin_error: RuntimeError | None = None
         self.pinned: set[int] = set()
-        self.num_writes = 0  # calls
+        self.num_writes = self.num_spans = 0  # calls, and what the last one copied
 
     def read(self, spans: Sequence[Span]) -> None:
         self._begin(spans)
@@ -34,6 +34,7 @@ class PlainEngine:
 
     def write(self, spans: Sequence[Span]) -> None:
         self.num_writes += 1
+        self.num_spans = len(spans)
         self._begin(spans)
         for offset, address, num_bytes in spans:
             ctypes.memmove(self._arena.address + offset, address, num_bytes)

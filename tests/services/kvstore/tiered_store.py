@@ -118,7 +118,7 @@ class TieredStore:
         assert all(self.index.seal("w", ids, digests))
         self.mover.wake()
 
-    async def put_on_disk(self, names: str) -> None:
+    async def put_below(self, names: str) -> None:
         """Puts blocks and takes them out of memory when they are in all other tiers."""
         self.put(names)
         await self.until(lambda: not self.num_pending)
