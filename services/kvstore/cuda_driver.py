@@ -26,3 +26,11 @@ class CudaDriver:
             text = ctypes.c_char_p()
             self._library.cuGetErrorString(status, ctypes.byref(text))
             raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def device_name(driver: CudaDriver, device_id: int) -> str:
+    """What a GPU calls itself."""
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(128)
+    driver.call("cuDeviceGet", ctypes.byref(device), device_id)
+    driver.call("cuDeviceGetName", name, len(name), device)
+    return name.value.decode()
