@@ -139,6 +139,22 @@ async def test_a_hanging_disk_keeps_nobody_from_dram(tmp_path: Path) -> None:
     await store.close()
 
 
+async def test_a_copy_that_is_read_back_keeps_its_place(tmp_path: Path) -> None:
+    store = await TieredStore.start(tmp_path, num_host=1)
+    await store.put_below("a")
+    store.engine.gate.clear()
+    lookup = asyncio.ensure_future(store.look_up("a"))
+    await store.until(lambda: store.engine.num_writes)
+    store.put("b")
+    store.engine.gate.set()
+    assert await asyncio.wait_for(lookup, PATIENCE_S) == "a"
+    await store.until(lambda: not store.num_pending)
+    host = store.index.lower.host
+    assert host is not None and host.has(store.index._blocks.row_of(keys_of("a")[0]))
+    assert store.files.num_reads == 0
+    await store.close()
+
+
 async def test_a_restart_has_the_disk_only(tmp_path: Path) -> None:
     first = await TieredStore.start(tmp_path, num_host=8)
     await first.put_below("abcd")
