@@ -58,6 +58,14 @@ def salted_root(fingerprint: bytes, cache_salt: str) -> bytes:
     return _digest(b"kvmesh root", fingerprint, cache_salt.encode())
 
 
+def tenant_id(cache_salt: str) -> str:
+    """What may be told to others of the tenant whom a salt stands for; the salt stays secret.
+
+    Empty for no salt: all who have none share their blocks and are one tenant.
+    """
+    return _digest(b"kvmesh tenant", cache_salt.encode())[:8].hex() if cache_salt else ""
+
+
 def model_fingerprint(
     model_dir: Path,
     *,

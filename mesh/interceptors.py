@@ -21,7 +21,11 @@ from mesh.errors import Unavailable, domain_error, invalid, to_rpc_status
 from mesh.telemetry import Telemetry
 
 # Calls that live as long as a process, or are asked for every second, are no part of a trace.
-_UNTRACED = ("/kvmesh.v1.StatusService/", "/kvmesh.v1.DecodeService/Session")
+_UNTRACED = (
+    "/kvmesh.v1.StatusService/",
+    "/kvmesh.v1.DecodeService/Session",
+    "/kvmesh.v1.KvStoreService/Watch",
+)
 _SPAN_NAMES = {
     "/kvmesh.v1.GenerationService/Generate": "Generate",
     "/kvmesh.v1.PrefillService/Prefill": "prefill",

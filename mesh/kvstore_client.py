@@ -1,19 +1,21 @@
 """A worker's view of all kvstores. Local block b lies at b * block_num_bytes of the arena.
 
-Owns the shards' connections and the work that outlives a request. Never raises for store trouble:
+Owns its members and the work that outlives a request. Never raises for store trouble:
 the store is a cache, and losing it costs only recomputation.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import grpc
 
 from kv.transfer import Transfer
 from mesh.channel import open_channel
+from mesh.kvstore_members import Members
 from mesh.kvstore_publish import Publish
 from mesh.kvstore_pull import Hold, Pull, PullResult
 from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard
@@ -30,12 +32,11 @@ RESERVE_S = 120.0
 
 
 class KvStoreClient:
-    """All shards. `start` on the loop, `close` before the transfer is closed."""
+    """All shards. `follow` says which, from then on; `close` before the transfer is closed."""
 
     def __init__(
         self,
         *,
-        addresses: list[str],
         transfer: Transfer,
         block_num_bytes: int,
         incarnation: str,
@@ -45,40 +46,42 @@ class KvStoreClient:
     ) -> None:
         if block_num_bytes < 1:
             raise ValueError(f"block_num_bytes: {block_num_bytes}; at least 1")
-        shards = tuple(
-            Shard(address=address, channel=open_channel(address, telemetry), transfer=transfer)
-            for address in dict.fromkeys(addresses)
-        )
+
+        def make(address: str) -> Shard:
+            channel = open_channel(address, telemetry)
+            return Shard(address=address, channel=channel, transfer=transfer)
+
+        self._members = Members(make)
         self._shards = Shards(
-            shards=shards,
+            shards=self._members.shards,
             block_num_bytes=block_num_bytes,
             incarnation=incarnation,
             digest=digest,
             telemetry=telemetry,
             background=Background(),
         )
-        self._runs: list[asyncio.Task[None]] = []
 
     @property
     def states(self) -> dict[str, str]:
-        """Address to connecting, up or down."""
-        return {shard.address: shard.state.value for shard in self._shards.shards}
+        """Address to connecting, up, down or leaving."""
+        return self._members.states
+
+    def follow(self, addresses: Iterable[str]) -> None:
+        """Connects to who is new in the background; whoever is missing ends what is under way."""
+        self._members.follow(addresses)
 
     async def start(self) -> None:
-        """Connects in the background; returns after the first attempts, in 2.5 s at most."""
-        if not self._shards.shards:
-            return
-        self._runs = [asyncio.ensure_future(shard.run()) for shard in self._shards.shards]
-        attempts = [asyncio.ensure_future(s.attempted.wait()) for s in self._shards.shards]
-        _, pending = await asyncio.wait([*attempts], timeout=_START_TIMEOUT_S)
-        for attempt in pending:
-            attempt.cancel()
+        """Returns after the first attempts to connect, in 2.5 s at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                for shard in list(self._shards.shards.values()):
+                    await shard.attempted.wait()
 
     async def until_up(self, timeout_s: float) -> bool:
         """Waits until every store is up; False after timeout_s seconds."""
         try:
             async with asyncio.timeout(timeout_s):
-                for shard in self._shards.shards:
+                for shard in list(self._shards.shards.values()):
                     await shard.up.wait()
         except TimeoutError:
             return False
@@ -87,20 +90,23 @@ class KvStoreClient:
     async def close(self) -> None:
         """Lets releases and acknowledgements go out, at most 2 s, then ends the connections."""
         await self._shards.background.close(_CLOSE_TIMEOUT_S)
-        for run in self._runs:
-            run.cancel()
-        if self._runs:
-            await asyncio.wait(self._runs)
-        await asyncio.gather(*(shard.close() for shard in self._shards.shards))
+        await self._members.close()
 
     async def pull(
-        self, keys: Sequence[bytes], block_ids: Sequence[int], *, deadline_s: float, hold: Hold
+        self,
+        keys: Sequence[bytes],
+        block_ids: Sequence[int],
+        *,
+        deadline_s: float,
+        hold: Hold,
+        waits_for_writers: bool = False,
     ) -> PullResult:
         """Brings the longest sealed prefix of keys into the local blocks of the same positions.
 
         Keys are 32 bytes, parents first. `hold(block_ids, settled)` is called, before this returns
-        or raises CancelledError, for local blocks that a late READ may still write. ValueError: not
-        as many blocks as keys.
+        or raises CancelledError, for local blocks that a late READ may still write.
+        waits_for_writers: blocks that are being written belong to the prefix too, if they are
+        sealed soon. ValueError: not as many blocks as keys.
         """
         _check_same_len(keys, block_ids)
         started_at = time.monotonic()
@@ -112,6 +118,7 @@ class KvStoreClient:
             block_ids=block_ids,
             deadline=Deadline(deadline_s),
             hold=hold,
+            waits_for_writers=waits_for_writers,
         )
         with self._shards.telemetry.tracer.start_as_current_span("kv.get") as span:
             num_blocks = await pull.run()
@@ -121,13 +128,25 @@ class KvStoreClient:
         return PullResult(num_blocks=num_blocks, get_s=get_s, failures=tuple(pull.failures))
 
     def publish(
-        self, keys: Sequence[bytes], *, is_private: bool = False, reserve_s: float = RESERVE_S
+        self,
+        keys: Sequence[bytes],
+        *,
+        is_private: bool = False,
+        tenant: str = "",
+        reserve_s: float = RESERVE_S,
     ) -> Publish:
         """For blocks under these keys (32 bytes, parents first): `reserve`, `send`, `close`.
 
         Local blocks stay unchanged while they are sent; their slots are kept for reserve_s seconds.
+        They count for the tenant (`kv.block.tenant_id`).
         """
-        return Publish(shards=self._shards, keys=keys, is_private=is_private, reserve_s=reserve_s)
+        return Publish(
+            shards=self._shards,
+            keys=keys,
+            is_private=is_private,
+            tenant=tenant,
+            reserve_s=reserve_s,
+        )
 
     async def put(
         self,
@@ -135,6 +154,7 @@ class KvStoreClient:
         block_ids: Sequence[int],
         *,
         is_private: bool = False,
+        tenant: str = "",
         deadline_s: float,
     ) -> int:
         """Publishes local blocks at once.
@@ -145,7 +165,7 @@ class KvStoreClient:
         if not keys:
             return 0
         deadline = Deadline(deadline_s)
-        publish = self.publish(keys, is_private=is_private, reserve_s=deadline_s)
+        publish = self.publish(keys, is_private=is_private, tenant=tenant, reserve_s=deadline_s)
         try:
             await publish.reserve(deadline)
             return await publish.send(0, block_ids, deadline)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class _Slot:
     def holds_until(self, deadline: Deadline) -> bool:
         """Whether a WRITE that ends by the deadline still finds it reserved."""
         ends_at = time.monotonic() + deadline.remaining_s
-        return self.shard.life == self.life and ends_at < self.expires_at
+        is_member = self.shard.life == self.life and not self.shard.has_left
+        return is_member and ends_at < self.expires_at
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,15 +66,22 @@ class _Grant:
 class Publish:
     """One publish under `keys`: `reserve` once, `send` parts, `close` at the end.
 
-    reserve_s: seconds that slots are kept for.
+    reserve_s: seconds that slots are kept for; tenant: on whose behalf.
     """
 
     def __init__(
-        self, *, shards: Shards, keys: Sequence[bytes], is_private: bool, reserve_s: float
+        self,
+        *,
+        shards: Shards,
+        keys: Sequence[bytes],
+        is_private: bool,
+        tenant: str,
+        reserve_s: float,
     ) -> None:
         self._shards = shards
         self._keys = keys
         self._is_private = is_private
+        self._tenant = tenant
         self._ttl_s = Deadline(reserve_s).ttl_s
         self._slots: dict[int, _Slot] = {}
         self._sealed: set[int] = set()
@@ -98,8 +107,8 @@ class Publish:
             if index in self._slots and not self._slots[index].holds_until(deadline)
         ]
         if old:
-            with contextlib.suppress(*TROUBLE):
-                await self._give_back_slots(old)
+            background = self._shards.background
+            await asyncio.shield(background.spawn(self._give_back_slots(old)))
         # Given back just now, or what had another writer, or a store in trouble, then.
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
         if missing:
@@ -144,12 +153,14 @@ class Publish:
     async def _reserve(self, shard: Shard, indices: list[int], deadline: Deadline) -> None:
         for start in range(0, len(indices), MAX_KEYS):
             chunk = indices[start : start + MAX_KEYS]
+            attempt = secrets.randbits(63) + 1
             try:
                 grant = await self._shards.background.keep(
-                    self._grant(shard, chunk, deadline),
+                    self._grant(shard, chunk, deadline, attempt),
                     undo=lambda grant: self._give_back_slots(list(grant.slots.values())),
                 )
             except TROUBLE:
+                self._shards.background.spawn(self._shards.take_back(shard, attempt, self._ttl_s))
                 return
             self._sealed |= grant.sealed
             if self._is_closed:  # meanwhile
@@ -157,13 +168,17 @@ class Publish:
             else:
                 self._slots |= grant.slots
 
-    async def _grant(self, shard: Shard, indices: list[int], deadline: Deadline) -> _Grant:
+    async def _grant(
+        self, shard: Shard, indices: list[int], deadline: Deadline, attempt: int
+    ) -> _Grant:
         request = kvstore_pb2.ReserveRequest(
             incarnation=self._shards.incarnation,
             keys=[self._keys[index] for index in indices],
             num_bytes=self._shards.block_num_bytes,
             is_private=self._is_private,
             ttl_s=self._ttl_s,
+            tenant=self._tenant,
+            attempt=attempt,
         )
         # From here, not from the answer: the store's clock for it began later.
         life, expires_at = shard.life, time.monotonic() + self._ttl_s
@@ -182,6 +197,7 @@ class Publish:
                     offset=reservation.slot.offset,
                     expires_at=expires_at,
                 )
+        shard.uses.add(len(grant.slots))
         return grant
 
     async def _digest(
@@ -240,6 +256,8 @@ class Publish:
             return set()
         if not all(response.sealed):
             self._shards.background.spawn(self._give_back(part))
+        else:
+            part.shard.uses.drop(len(part.slots))
         return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
     async def _give_back(self, part: _Part) -> None:
@@ -256,7 +274,11 @@ class Publish:
             request = kvstore_pb2.AcknowledgeRequest(
                 incarnation=self._shards.incarnation, reservation_ids=numbers
             )
-            await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+            try:
+                with contextlib.suppress(*TROUBLE):  # its deadline ends them, then
+                    await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+            finally:
+                shard.uses.drop(len(numbers))
 
     async def _forget_private(self, part: _Part) -> None:
         """A private block whose publisher was cancelled has no reader."""

@@ -18,7 +18,8 @@ from protos import kvstore_pb2
 
 Hold = Callable[[list[int], "asyncio.Future[None]"], None]
 _DIGEST_MASK = 2**64 - 1
-# A store may take this long to bring blocks from lower tiers; the call itself needs the rest.
+# A store may take this long to bring blocks from lower tiers, or to wait for them to be written;
+# the call itself needs the rest.
 _MAX_WAIT_S = RPC_TIMEOUT_S / 2
 
 
@@ -58,12 +59,14 @@ class Pull:
         block_ids: Sequence[int],
         deadline: Deadline,
         hold: Hold,
+        waits_for_writers: bool,
     ) -> None:
         self._shards = shards
         self._keys = keys
         self._block_ids = block_ids
         self._deadline = deadline
         self._hold = hold
+        self._waits_for_writers = waits_for_writers
         self._leases: list[_Lease] = []
         self._lent: dict[int, tuple[Shard, int]] = {}  # with the digest that was sealed
         self._read: set[int] = set()
@@ -113,6 +116,7 @@ class Pull:
             num_bytes=self._shards.block_num_bytes,
             ttl_s=self._deadline.ttl_s,
             max_wait_s=min(_MAX_WAIT_S, self._deadline.remaining_s / 2),
+            waits_for_writers=self._waits_for_writers,
         )
         life = shard.life
         response = await shard.call("Lookup", request, self._deadline.remaining_s)
@@ -121,6 +125,8 @@ class Pull:
         num_bytes = response.num_bytes
         bad = (i for i in range(num_found) if not self._shards.fits(shard, offsets[i], num_bytes))
         num_good = next(bad, num_found)
+        if response.lease_id:
+            shard.uses.add()
         if num_good < num_found:
             self._fail("slot", num_found - num_good)
         return _Lease(
@@ -172,6 +178,8 @@ class Pull:
             response = await lease.shard.call("Release", request, RPC_TIMEOUT_S, even_down=True)
         except TROUBLE:
             return False
+        finally:
+            lease.shard.uses.drop()
         return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
 
     async def _digest(self) -> None:

@@ -19,12 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kv.errors import TransferError, TransferTimeout
 from kv.transfer import Agent, OnLate, Transfer
 from mesh.errors import DeadlineExceeded, KvmeshError, Unavailable, from_rpc_error
+from mesh.uses import Uses
 from protos import kvstore_pb2, kvstore_pb2_grpc
 
 log = logging.getLogger("kvmesh.kvstore")
 
 RPC_TIMEOUT_S = 2.0
 UNKNOWN_INCARNATION = "UNKNOWN_INCARNATION"
+_OPENING = ("Lookup", "Reserve")  # calls that give leases and slots
 _FIRST_BACK_OFF_S, _LAST_BACK_OFF_S = 0.2, 2.0
 _STABLE_S = 10.0  # up for this long: the next loss starts with a short back-off again
 _HEARTBEAT_S = 1.0
@@ -47,6 +49,9 @@ class Shard:
         self.state = ShardState.CONNECTING
         self.attempted = asyncio.Event()
         self.up = asyncio.Event()
+        self.uses = Uses()  # calls, transfers, leases and slots: the connection serves them still
+        self.has_left = False  # no member any more: nothing new is asked of it
+        self._is_closed = False
         self._channel = channel
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._transfer = transfer
@@ -107,9 +112,13 @@ class Shard:
             raise Unavailable(
                 f"kvstore {self.address} is {self.state.value}", reason="KVSTORE_DOWN"
             )
+        # Whoever chose this shard just before it left: what it granted now would be lost.
+        if self._is_closed or (self.has_left and name in _OPENING):
+            raise Unavailable(f"kvstore {self.address} has left", reason="KVSTORE_DOWN")
         peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
         try:
-            return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
+            with self.uses.held():
+                return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
             is_ours = peer is self._peer
@@ -145,12 +154,20 @@ class Shard:
         move = self._transfer.write
         await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
 
-    async def close(self) -> None:
-        """Forgets the store; `run` must have ended."""
+    async def disconnect(self, *, keeps_peer: bool = False) -> None:
+        """Ends its transfers; calls of `even_down` still go out. `run` must have ended.
+
+        keeps_peer: another shard transfers with the same life of the store.
+        """
         self.state = ShardState.DOWN
         peer, self._peer = self._peer, None
-        if peer is not None:
+        if peer is not None and not keeps_peer:
             await self._disconnect(peer)
+
+    async def close(self) -> None:
+        """Forgets the store; `run` must have ended."""
+        await self.disconnect()
+        self._is_closed = True
         await self._channel.close()
 
     async def _move(
@@ -168,8 +185,15 @@ class Shard:
             raise TransferError(self.address, self.state.value)
         if peer.name != life:
             raise TransferError(self.address, "restarted since it granted this")
+
+        def pin_late(settled: asyncio.Future[None]) -> None:
+            self.uses.add()
+            settled.add_done_callback(lambda _: self.uses.drop())
+            on_late(settled)
+
         try:
-            await move(peer.name, local, remote, num_bytes, deadline_s, on_late)
+            with self.uses.held():
+                await move(peer.name, local, remote, num_bytes, deadline_s, pin_late)
         except TransferError as error:
             is_slow = isinstance(error, TransferTimeout) and deadline_s < _HUNG_S
             if peer is self._peer and not is_slow:
@@ -193,6 +217,7 @@ class Shard:
         if old is not None and (old.name != agent.name or self._is_path_broken):
             self._peer = None
             await self._disconnect(old)
+        self._peer = agent  # before it is loaded: what is cut short here is unloaded, too
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 await self._transfer.connect(agent)
@@ -200,7 +225,7 @@ class Shard:
             self.state = ShardState.DOWN
             self._explain(str(error) or "NIXL did not answer")
             return False
-        self._peer, self._is_path_broken = agent, False
+        self._is_path_broken = False
         self._lost.clear()
         self.state = ShardState.UP
         self._reason = ""

@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kv.errors import TransferError
 from mesh.errors import KvmeshError
-from mesh.kvstore_shard import Shard, ShardState
+from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard, ShardState
 from mesh.rendezvous import owner
 from mesh.telemetry import Telemetry
+from protos import kvstore_pb2
 
 log = logging.getLogger("kvmesh.kvstore")
 
 MAX_KEYS = 4096
 TROUBLE = (KvmeshError, TransferError)
+_RETRY_S = 0.5
 _MIN_TTL_S, _MAX_TTL_S, _TTL_SLACK_S = 30.0, 300.0, 5.0
 
 T = TypeVar("T")
@@ -98,7 +100,7 @@ class Deadline:
 class Shards:
     """The stores and what moves with every request to them."""
 
-    shards: tuple[Shard, ...]
+    shards: Mapping[str, Shard]  # by address, as they are now
     block_num_bytes: int
     incarnation: str
     digest: Callable[[list[int]], Awaitable[list[int]]]
@@ -107,7 +109,7 @@ class Shards:
 
     def assign(self, keys: Sequence[bytes]) -> list[tuple[Shard, list[int]]]:
         """Which live shard owns which keys: (shard, indices of keys in order). Empty: none up."""
-        live = {shard.address: shard for shard in self.shards if shard.state is ShardState.UP}
+        live = {a: shard for a, shard in self.shards.items() if shard.state is ShardState.UP}
         if not live:
             return []
         members = sorted(live)
@@ -120,6 +122,20 @@ class Shards:
         """Whether a slot is one block inside the store's arena."""
         room = shard.arena_num_bytes - self.block_num_bytes
         return num_bytes == self.block_num_bytes and offset <= room
+
+    async def take_back(self, shard: Shard, attempt: int, within_s: float) -> None:
+        """Gives back what a Reserve without an answer may have got, once the store can be told.
+
+        After within_s seconds its slots end by themselves.
+        """
+        request = kvstore_pb2.AcknowledgeRequest(incarnation=self.incarnation, attempt=attempt)
+        deadline = Deadline(within_s)
+        while deadline.remaining_s and not shard.has_left:
+            try:
+                await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
+                return
+            except TROUBLE:
+                await asyncio.sleep(_RETRY_S)
 
     def count_moved(self, direction: str, num_blocks: int, duration_s: float) -> None:
         """Records one transfer that went well; direction is get or put."""

@@ -23,6 +23,7 @@ from engine.sequence import Sequence as EngineSequence
 from engine.sequence import StepOutcome
 from kv.block import salted_root
 from kv.nixl_transfer import NixlTransfer
+from mesh.discovery import Discovery
 from mesh.errors import FailedPrecondition, invalid
 from mesh.kvstore_client import KvStoreClient
 from mesh.kvstore_shards import each
@@ -70,13 +71,13 @@ class Worker:
         )
         self._transfer = transfer
         self.store = KvStoreClient(
-            addresses=list(settings.kvstore),
             transfer=transfer,
             block_num_bytes=runner.layout.num_bytes,
             incarnation=incarnation,
             digest=self._digest,
             telemetry=telemetry,
         )
+        self._discovery = Discovery(settings.kvstore)
         # Digests and tails of blocks no step writes any more: beside the engine thread, not in it.
         self._settled = ThreadPoolExecutor(1, thread_name_prefix="kv-settled")
         self._rate = Rate()
@@ -117,6 +118,7 @@ class Worker:
             incarnation=incarnation,
             fingerprint=fingerprint,
         )
+        await worker._discovery.start(worker.store.follow)
         await worker.store.start()
         return worker
 
@@ -127,6 +129,7 @@ class Worker:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._discovery.close()
         await self.store.close()
         self._transfer.close()
         self._settled.shutdown(wait=False)
@@ -150,11 +153,17 @@ class Worker:
             )
 
     async def pull(
-        self, keys: list[bytes], blocks: list[int], tail_key: bytes = b""
+        self,
+        keys: list[bytes],
+        blocks: list[int],
+        tail_key: bytes = b"",
+        *,
+        waits_for_writers: bool = False,
     ) -> tuple[int, bool]:
         """Pulls the longest sealed prefix of keys into `blocks`, and a private tail into the block
         behind them; the store drops the tail then. How many blocks are verified, and the tail.
 
+        waits_for_writers: what is still being written is waited for, a second at most.
         Blocks that a late READ may still write are quarantined; `blocks` ends before the first.
         """
         held: list[int] = []
@@ -162,7 +171,11 @@ class Worker:
 
         async def pull(number: int, names: list[bytes], targets: list[int]) -> None:
             result = await self.store.pull(
-                names, targets, deadline_s=PULL_DEADLINE_S, hold=self._holder(held)
+                names,
+                targets,
+                deadline_s=PULL_DEADLINE_S,
+                hold=self._holder(held),
+                waits_for_writers=waits_for_writers,
             )
             num_pulled[number] = result.num_blocks
 

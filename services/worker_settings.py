@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mesh.discovery import SOURCES_HELP, parse_sources
 from mesh.settings import ServiceSettings, setting
 
 MAX_RMSNORM_WARPS = 32  # warps of the largest thread block
@@ -50,7 +51,7 @@ class WorkerSettings(ServiceSettings):
         help="where tensors and blocks live; cuda is the first GPU of CUDA_VISIBLE_DEVICES",
         choices=("cpu", "cuda"),
     )
-    kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
+    kvstore: tuple[str, ...] = setting((), group="mesh", help=SOURCES_HELP, parse=parse_sources)
     kv_bytes: str | None = setting(
         None,
         group="memory",

@@ -62,7 +62,9 @@ class Admission:
         blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
         try:
             tail_key = admit.handoff.tail_key if self._has_tail(num_needed) else b""
-            num_pulled, has_tail = await worker.pull(keys, blocks, tail_key)
+            num_pulled, has_tail = await worker.pull(
+                keys, blocks, tail_key, waits_for_writers=admit.HasField("handoff")
+            )
             if has_tail and num_pulled == len(keys):
                 return blocks, num_needed
             return blocks, num_pulled * block_tokens

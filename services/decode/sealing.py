@@ -14,8 +14,9 @@ from services.worker import PUBLISH_DEADLINE_S, Worker
 class SealedBlocks:
     """Follows one sequence's full blocks into the store, in order."""
 
-    def __init__(self, *, worker: Worker, root: bytes, sequence: Sequence) -> None:
+    def __init__(self, *, worker: Worker, root: bytes, tenant: str, sequence: Sequence) -> None:
         self._worker = worker
+        self._tenant = tenant
         self._sequence = sequence
         self._num_sealed = sequence.num_computed // worker.block_tokens
         tokens = sequence.token_ids[: self._num_sealed * worker.block_tokens]
@@ -38,6 +39,8 @@ class SealedBlocks:
 
     async def _put(self, keys: list[bytes], blocks: list[int]) -> None:
         try:
-            await self._worker.store.put(keys, blocks, deadline_s=PUBLISH_DEADLINE_S)
+            await self._worker.store.put(
+                keys, blocks, tenant=self._tenant, deadline_s=PUBLISH_DEADLINE_S
+            )
         finally:
             self._worker.release(blocks)

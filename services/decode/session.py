@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from engine.sequence import Sequence, SequenceState, StepItem
+from kv.block import tenant_id
 from mesh.errors import KvmeshError
 from protos import common_pb2, decode_pb2
 from services import wire
@@ -198,7 +199,10 @@ class Session:
         sequence.num_computed = num_computed
         request.sequences[index] = sequence
         request.sealed[index] = SealedBlocks(
-            worker=self._worker, root=request.root, sequence=sequence
+            worker=self._worker,
+            root=request.root,
+            tenant=tenant_id(request.admit.cache_salt),
+            sequence=sequence,
         )
         self._worker.engine.add(sequence)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+from mesh.discovery import Discovery
 from mesh.process import announce_ready, settle_heap
 from mesh.server import ServiceServer
 from mesh.status import StatusServicer
@@ -40,14 +41,14 @@ class Gateway:
             model_name=settings.model_name or settings.model.resolve().name,
             prefills=settings.prefill,
             decodes=settings.decode,
-            kvstores=settings.kvstore,
             telemetry=telemetry,
             poll_s=settings.poll_s,
             lost_after_s=settings.lost_after_s,
             rank_wait_s=settings.rank_wait_s,
         )
         self.registry = Registry(settings.max_live_requests)
-        self._stores = Stores(self.router.kvstores)
+        self._discovery = Discovery(settings.kvstore)
+        self._stores = Stores(self.router)
         backend = Backend(
             router=self.router,
             stores=self._stores,
@@ -83,6 +84,7 @@ class Gateway:
         admin_address = f"{host}:{await self._admin.start()}"
         self._status.address = address
         await self.router.start()
+        await self._discovery.start(self.router.follow_kvstores)
         return address, admin_address
 
     async def serve(self, stop: asyncio.Event) -> None:
@@ -105,6 +107,7 @@ class Gateway:
         self._admin.set_ready(False)
         await self.registry.drain(self._settings.drain_s)
         await self._server.stop(1.0)
+        await self._discovery.close()
         await self._stores.close()
         await self.router.close()
         await self._admin.stop(0.5)

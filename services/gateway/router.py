@@ -39,28 +39,29 @@ class Router:
         model_name: str,
         prefills: Sequence[str],
         decodes: Sequence[str],
-        kvstores: Sequence[str],
         telemetry: Telemetry,
         poll_s: float,
         lost_after_s: float,
         rank_wait_s: float,
     ) -> None:
         def make(role: status_pb2.Role, addresses: Sequence[str]) -> list[Instance]:
-            return [Instance(role, a, open_channel(a, telemetry)) for a in addresses]
+            return [self._make(role, address) for address in addresses]
 
+        self._telemetry = telemetry
         self._model_name = model_name
         self._poll_s = poll_s
         self._lost_after_s = lost_after_s
         self._rank_wait_s = rank_wait_s
         self.prefills = make(status_pb2.ROLE_PREFILL, prefills)
         self.decodes = make(status_pb2.ROLE_DECODE, decodes)
-        self.kvstores = make(status_pb2.ROLE_KVSTORE, kvstores)
+        self.kvstores: list[Instance] = []
         self._sessions = [RankSession(rank, on_change=self.notify) for rank in self.decodes]
         self._model: ServedModel | None = None
         self._is_ready = False
         self._choices = itertools.count(1)
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watches: dict[Instance, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def instances(self) -> list[Instance]:
@@ -87,18 +88,32 @@ class Router:
         """Opens sessions and begins polling."""
         for session in self._sessions:
             session.start()
-        self._tasks = [asyncio.ensure_future(self._watch(i)) for i in self.instances]
+        for instance in self.instances:
+            self._watches[instance] = asyncio.ensure_future(self._watch(instance))
 
     async def close(self) -> None:
         """Stops polling, ends the sessions, closes the channels."""
-        for task in self._tasks:
+        tasks = [*self._watches.values(), *self._leaving]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
         for session in self._sessions:
             await session.close()
         for instance in self.instances:
             await instance.channel.close()
+
+    def follow_kvstores(self, addresses: Sequence[str]) -> None:
+        """These are the kvstores from now on, in this order; after `start`."""
+        known = {instance.address: instance for instance in self.kvstores}
+        self.kvstores = [
+            known.pop(address, None) or self._join_kvstore(address) for address in addresses
+        ]
+        for instance in known.values():
+            task = asyncio.ensure_future(self._leave(instance, self._watches.pop(instance)))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+        self.notify()
 
     def check(self, num_requests: int) -> None:
         """Asserts that sessions and instances hold the work of live requests only."""
@@ -154,6 +169,21 @@ class Router:
             return ready[chosen.address] if chosen else None
 
         return await self._wait_for(find, f"decode rank with fingerprint {fingerprint.hex()[:16]}")
+
+    def _make(self, role: status_pb2.Role, address: str) -> Instance:
+        return Instance(role, address, open_channel(address, self._telemetry))
+
+    def _join_kvstore(self, address: str) -> Instance:
+        instance = self._make(status_pb2.ROLE_KVSTORE, address)
+        self._watches[instance] = asyncio.ensure_future(self._watch(instance))
+        return instance
+
+    async def _leave(self, instance: Instance, watch: asyncio.Task[None]) -> None:
+        """Stops polling it; calls under way have POLL_TIMEOUT_S seconds to end."""
+        watch.cancel()
+        await asyncio.wait([watch])
+        await instance.channel.close(POLL_TIMEOUT_S)
+        log.info("%s left", instance.address)
 
     def _fingerprint(self) -> bytes:
         return self._model.fingerprint if self._model else b""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.channel import MAX_MESSAGE_BYTES
+from mesh.discovery import SOURCES_HELP, parse_sources
 from mesh.settings import ServiceSettings, parse_bytes, setting
 
 
@@ -19,7 +20,7 @@ class GatewaySettings(ServiceSettings):
     model_name: str = setting("", group="model", help="public name; default: the directory's name")
     prefill: tuple[str, ...] = setting((), group="mesh", help="prefill addresses, host:port,...")
     decode: tuple[str, ...] = setting((), group="mesh", help="decode addresses, host:port,...")
-    kvstore: tuple[str, ...] = setting((), group="mesh", help="kvstore addresses, host:port,...")
+    kvstore: tuple[str, ...] = setting((), group="mesh", help=SOURCES_HELP, parse=parse_sources)
     admin_port: int = setting(
         0, group="mesh", help="port of StatusService; 0 is any", minimum=0, maximum=65535
     )

@@ -1,18 +1,17 @@
 """Drops hand-off tails that no decode rank will read.
 
-Owns short background calls to every kvstore; a store that cannot be reached lets its copy expire.
+Owns short background calls to every kvstore there is; an unreachable one lets its copy expire.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 
 import grpc
 
 from protos import kvstore_pb2, kvstore_pb2_grpc
-from services.gateway.instance import Instance
+from services.gateway.router import Router
 
 log = logging.getLogger("kvmesh.gateway")
 
@@ -22,15 +21,16 @@ DISCARD_TIMEOUT_S = 2.0
 class Stores:
     """The kvstores as the gateway uses them: to discard only."""
 
-    def __init__(self, instances: Sequence[Instance]) -> None:
-        self._stubs = [kvstore_pb2_grpc.KvStoreServiceStub(i.channel) for i in instances]
+    def __init__(self, router: Router) -> None:
+        self._router = router
         self._tasks: set[asyncio.Task[None]] = set()
 
     def discard(self, tail_key: bytes) -> None:
         """Starts dropping a private block, on all stores: it went to one that was live then."""
         if not tail_key:
             return
-        for stub in self._stubs:
+        for instance in self._router.kvstores:
+            stub = kvstore_pb2_grpc.KvStoreServiceStub(instance.channel)
             task = asyncio.ensure_future(_discard(stub, tail_key))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

@@ -53,6 +53,9 @@ class KvStore:
             first_id=1 + secrets.randbits(32),
             host_num_bytes=settings.host_num_bytes,
             disk_num_bytes=settings.disk_num_bytes,
+            tenant_num_bytes=settings.tenant_num_bytes,
+            pinned_share=settings.max_pinned,
+            num_changes=settings.watch_events,
         )
         self._mover: Mover | None = None
         self._callers = CallerTable(clock=time.monotonic)
@@ -84,6 +87,7 @@ class KvStore:
             transfer=transfer,
             telemetry=self._telemetry,
             mover=self._mover,
+            max_watchers=self._settings.max_watchers,
         )
         sweep = asyncio.create_task(self._sweep(), name="sweep")
         sweep.add_done_callback(lambda _: stop.set())
@@ -163,6 +167,7 @@ class KvStore:
                 num_blocks_in_host=counts.num_in_host,
                 num_blocks_on_disk=counts.num_on_disk,
                 num_leases=counts.num_leases,
+                num_pins=counts.num_pins,
                 num_reservations=counts.num_reserved,
                 num_tasks=task_count(),
                 num_fds=num_fds(),

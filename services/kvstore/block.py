@@ -30,6 +30,18 @@ class CopyState(enum.IntEnum):
     PRESENT = enum.auto()
 
 
+class Place(enum.IntEnum):
+    """Where a block is that the store has, fastest first: a sealed public one, or one with a copy.
+
+    MEMORY is the arena, be it in DRAM or a GPU's; HOST the DRAM behind it.
+    """
+
+    NONE = 0
+    MEMORY = enum.auto()
+    HOST = enum.auto()  # there and not in the arena
+    DISK = enum.auto()  # only there
+
+
 class ReserveOutcome(enum.Enum):
     """What became of one key of Reserve."""
 
@@ -96,6 +108,8 @@ class IndexCounts:
     num_quarantined: int
     num_dropped: int
     num_leases: int
+    num_pins: int
+    pinned_num_bytes: int
     num_promoting: int
     num_in_host: int
     num_on_disk: int

@@ -1,24 +1,33 @@
 """The blocks that the store knows by key: one row each, in columns.
 
 Owns the life of a row: it lasts while the block has a place, in memory or in a lower tier, or a
-child that has one. Owns the order of use, which all tiers share. Never decides where a block is.
+child that has one. Owns the order of use, which all tiers share, and what the store says of where a
+block is. Never decides that.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from services.kvstore.block import BlockState, CopyState
+from services.kvstore.block import BlockState, CopyState, Place
+from services.kvstore.journal import NUM_CHANGES, Journal
 from services.kvstore.rows import NOBODY, Column, RowArray, Rows
 
 
 class Blocks(Rows):
     """Rows by key, and a block's values."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_changes: int = NUM_CHANGES) -> None:
         super().__init__()
+        self.journal = Journal(num_changes)
+        self.on_gone: Callable[[int], None] | None = None  # a pinned row has no place any more
+        self.place = self.column(np.uint8)  # Place, as told in the journal
+        self.num_pins = self.column(np.int32)
+        self.tenant = self.column(np.int64)  # on whose behalf it was reserved
         self.state = self.column(np.uint8)  # BlockState
         self.is_private = self.column(np.bool_)
         self.num_holds = self.column(np.int32)  # leases and moves that need the slot's bytes
@@ -30,7 +39,7 @@ class Blocks(Rows):
         self.reservation_id = self.column(np.int64)
         self.last_used = self.column(np.int64)
         self._children: list[Column] = []  # of each tier
-        self._copies: list[Column] = []  # of each lower tier
+        self.lower: list[tuple[Place, Column]] = []  # CopyState in each lower tier, fastest first
         self._num_uses = 0
 
     def children(self) -> Column:
@@ -39,11 +48,22 @@ class Blocks(Rows):
         self._children.append(column)
         return column
 
-    def copies(self) -> Column:
-        """A column for the CopyState in one more tier."""
+    def copies(self, place: Place) -> Column:
+        """A column for the CopyState in one more tier, slower than all so far."""
         column = self.column(np.uint8)
-        self._copies.append(column)
+        self.lower.append((place, column))
         return column
+
+    def num_copies(self, row: int) -> int:
+        """In how many lower tiers a block has a whole copy."""
+        return sum(column.at[row] == CopyState.PRESENT for _, column in self.lower)
+
+    def nums_copies(self, rows: RowArray) -> NDArray[np.int64]:
+        """The same for many. [num_rows]"""
+        nums = np.zeros(len(rows), dtype=np.int64)
+        for _, column in self.lower:
+            nums += column.values.take(rows) == CopyState.PRESENT
+        return nums
 
     def open(self, key: bytes, parent: int) -> int:
         """The row for a block that has no place in memory; `parent` is remembered once, if at all.
@@ -57,14 +77,32 @@ class Blocks(Rows):
             self.parent.at[row] = parent if is_parent_known else NOBODY
         return row
 
+    def report(self, row: int) -> None:
+        """Tells where a block is; whoever changes that says so before the row is let go."""
+        before, place = self.place.at[row], self._place_of(row)
+        if place == before:
+            return
+        self.place.at[row] = place
+        self.journal.record(self.words_of(row), before, place)
+        if place == Place.NONE and self.num_pins.at[row] and self.on_gone is not None:
+            self.on_gone(row)
+
     def has_place(self, row: int) -> bool:
         """Whether a block is in memory or in a lower tier, or on its way there."""
         if self.state.at[row] != BlockState.ABSENT:
             return True
-        for column in self._copies:  # noqa: SIM110 - a generator is what eviction would wait for
+        for _, column in self.lower:  # noqa: SIM110 - a generator is what eviction would wait for
             if column.at[row] != CopyState.ABSENT:
                 return True
         return False
+
+    def _place_of(self, row: int) -> Place:
+        if self.state.at[row] == BlockState.SEALED and not self.is_private.at[row]:
+            return Place.MEMORY
+        for place, column in self.lower:
+            if column.at[row] == CopyState.PRESENT:
+                return place
+        return Place.NONE
 
     def is_parent(self, row: int) -> bool:
         """Whether a block with a place names it as its parent."""
@@ -83,6 +121,7 @@ class Blocks(Rows):
         """Gives a nameless row to the next name, without what would be true of no other block."""
         self.state.at[row] = BlockState.ABSENT
         self.reservation_id.at[row] = 0
+        self.tenant.at[row] = 0
         super().free(row)
 
     def lose_name(self, row: int) -> None:

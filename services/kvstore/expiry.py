@@ -1,4 +1,4 @@
-"""Deadlines of reservations, leases, quarantined slots and private blocks.
+"""Deadlines of reservations, leases, pins, quarantined slots and private blocks.
 
 Owns the order in which things fall due; never acts on them and reads no clock.
 """
@@ -19,6 +19,7 @@ class Due(enum.IntEnum):
     LEASE = 2
     QUARANTINE = 3
     PRIVATE = 4
+    PIN = 5
 
 
 class Deadlines:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.kvstore.block import BlockState, CopyState
+from services.kvstore.block import BlockState, CopyState, Place
 from services.kvstore.blocks import Blocks
 from services.kvstore.disk_format import Header
 from services.kvstore.eviction import LruLeaves
@@ -42,15 +42,17 @@ class Move:
 
 
 class LowerTier:
-    """The books of one tier's copies. `name` is what metrics call it."""
+    """The books of one tier's copies. `name` is what metrics call it, `place` what watchers do."""
 
-    def __init__(self, name: str, blocks: Blocks, memory: MemoryTier, room: Room) -> None:
+    def __init__(
+        self, name: str, place: Place, blocks: Blocks, memory: MemoryTier, room: Room
+    ) -> None:
         self.name = name
         self._blocks = blocks
         self._memory = memory
         self._room = room
         self.num_skipped = 0  # blocks that the queue had no room for
-        self.copies = blocks.copies()
+        self.copies = blocks.copies(place)
         self.leaves = LruLeaves(blocks, self)
         self._queue: deque[int] = deque()  # sealed rows without a copy; some have gone since
         self._demotions: dict[int, Move] = {}
@@ -107,6 +109,7 @@ class LowerTier:
             self.leaves.leave(row)
             self.copies.at[row] = CopyState.ABSENT
             self._room.remove(row)
+            self._blocks.report(row)
             self._blocks.let_go(row)
 
     def has(self, row: int) -> bool:
@@ -138,12 +141,21 @@ class LowerTier:
         return self._room.take_removed()
 
     def is_free(self, row: int) -> bool:
-        """Whether only children may keep a copy from eviction."""
-        return self.has(row) and self._blocks.state.at[row] != BlockState.PROMOTING
+        """Whether only children may keep a copy from eviction: it is not read, nor a pinned block's
+        last place.
+        """
+        blocks, state = self._blocks, self._blocks.state.at[row]
+        if not self.has(row) or state == BlockState.PROMOTING:
+            return False
+        is_last = state != BlockState.SEALED and blocks.num_copies(row) == 1
+        return not (is_last and blocks.num_pins.at[row])
 
     def are_free(self, rows: RowArray) -> NDArray[np.bool_]:
         """The same for many."""
-        return self.have(rows) & (self._blocks.state.values.take(rows) != BlockState.PROMOTING)
+        blocks, state = self._blocks, self._blocks.state.values.take(rows)
+        is_last = (state != BlockState.SEALED) & (blocks.nums_copies(rows) == 1)
+        is_kept = is_last & (blocks.num_pins.values.take(rows) != 0)
+        return self.have(rows) & (state != BlockState.PROMOTING) & ~is_kept
 
     @property
     def num_blocks(self) -> int:
@@ -193,4 +205,5 @@ class LowerTier:
 
     def _enter(self, row: int) -> None:
         self.copies.at[row] = CopyState.PRESENT
+        self._blocks.report(row)
         self.leaves.enter(row)

@@ -7,15 +7,17 @@ incarnation is disconnected, or after `quarantine_s`, when the writer is presume
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import BlockState, Reserved, ReserveOutcome
 from services.kvstore.blocks import Blocks, Names
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.memory import MemoryTier
-from services.kvstore.rows import NOBODY
+from services.kvstore.rows import NOBODY, RowArray
 from services.kvstore.tiers import LowerTiers
 
 _ROW_BITS = 28  # of a reservation's id; the others count
@@ -32,6 +34,7 @@ class Claim:
     owner: str
     row: int
     offset: int
+    attempt: int
 
 
 class Reservations:
@@ -48,6 +51,7 @@ class Reservations:
         ids: Iterator[int],
         quarantine_s: float,
         private_ttl_s: float,
+        on_settled: Callable[[int], None],
     ) -> None:
         self._blocks = blocks
         self._slots = slots
@@ -57,12 +61,20 @@ class Reservations:
         self._ids = ids
         self._quarantine_s = quarantine_s
         self._private_ttl_s = private_ttl_s
+        self._on_settled = on_settled  # with an id that is not live any more
         self._owners = Names()
         self.live: dict[int, Claim] = {}
         self.quarantined: dict[int, Claim] = {}
 
     def reserve(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, deadline: float, is_private: bool
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        deadline: float,
+        is_private: bool,
+        tenant: int,
+        attempt: int,
     ) -> list[Reserved]:
         """Slots for the new keys, parents first. After the first FULL no new key is tried."""
         answers: list[Reserved] = []
@@ -70,18 +82,19 @@ class Reservations:
         full = False
         for key in keys:
             row = self._blocks.row_of(key)
-            if self._blocks.state.at[row] != BlockState.ABSENT:
+            if self._blocks.state.at[row] != BlockState.ABSENT or self._blocks.num_pins.at[row]:
                 answers.append(self._existing(row))
-            elif full or (offset := self._memory.take(num_bytes)) is None:
+            elif full or (offset := self._memory.take(num_bytes, tenant)) is None:
                 full = True
                 answers.append(_FULL)
             else:
                 self._lower.forget_other(row, num_bytes)
                 row = self._blocks.open(key, parent)  # taking may have evicted either
                 self._blocks.is_private.at[row] = is_private
+                self._blocks.tenant.at[row] = tenant
                 self._blocks.touch(row)
                 self._memory.place(row, offset, num_bytes, BlockState.RESERVED)
-                answers.append(self._claim(owner, row, offset, deadline))
+                answers.append(self._claim(owner, row, offset, deadline, attempt))
             parent = NOBODY if is_private else row
         return answers
 
@@ -101,9 +114,11 @@ class Reservations:
         blocks.digest.at[row], blocks.reservation_id.at[row] = digest, number
         blocks.owner.at[row] = self._owners.number(owner)
         blocks.touch(row)
+        blocks.report(row)
         self._memory.leaves.offer(row)
         if blocks.is_private.at[row]:
             self._deadlines.set(Due.PRIVATE, number, now + self._private_ttl_s)
+        self._on_settled(number)
         return True
 
     def acknowledge(self, owner: str, numbers: Iterable[int]) -> int:
@@ -116,6 +131,24 @@ class Reservations:
                 num_freed += 1
         return num_freed
 
+    def of_attempt(self, owner: str, attempt: int) -> list[int]:
+        """Ids of what one Reserve got and nobody has given back."""
+        claims = {**self.live, **self.quarantined}
+        return [n for n, c in claims.items() if c.owner == owner and c.attempt == attempt]
+
+    def first_live(self, rows: RowArray) -> int:
+        """The reservation of the first row without bytes to read, in any tier; 0: none."""
+        blocks = self._blocks
+        state = blocks.state.values.take(rows)
+        is_present = (state == BlockState.SEALED) | (state == BlockState.PROMOTING)
+        # While a block is written anew, nobody reads the copies that it may have below.
+        is_present |= (state == BlockState.ABSENT) & (blocks.nums_copies(rows) != 0)
+        if is_present.all():
+            return 0
+        row = int(rows[np.argmin(is_present)])
+        is_reserved = blocks.state.at[row] == BlockState.RESERVED
+        return blocks.reservation_id.at[row] if is_reserved else 0
+
     def of_owner(self, owner: str) -> list[int]:
         """Ids of everything that an owner has not given back."""
         claims = {**self.live, **self.quarantined}
@@ -126,6 +159,7 @@ class Reservations:
         claim = self.quarantined[number] = self.live.pop(number)
         self._memory.remove(claim.row)
         self._deadlines.set(Due.QUARANTINE, number, now + self._quarantine_s)
+        self._on_settled(number)
 
     def end(self, number: int) -> None:
         """Frees the slot of a reservation, live or quarantined."""
@@ -137,20 +171,23 @@ class Reservations:
         self._deadlines.cancel(Due.RESERVATION, number)
         self._deadlines.cancel(Due.QUARANTINE, number)
         self._slots.free(claim.offset)
+        self._on_settled(number)
 
     def row_of(self, number: int) -> int:
         """The row that a reservation's id names; another block's by now, perhaps."""
         return number & _ROW_MASK
 
     def _existing(self, row: int) -> Reserved:
-        if self._blocks.state.at[row] != BlockState.SEALED:
+        is_sealed = self._blocks.state.at[row] == BlockState.SEALED
+        if not is_sealed and not self._blocks.num_pins.at[row]:
             return _ALREADY_RESERVED
         self._blocks.touch(row)
         return _ALREADY_SEALED
 
-    def _claim(self, owner: str, row: int, offset: int, deadline: float) -> Reserved:
+    def _claim(self, owner: str, row: int, offset: int, deadline: float, attempt: int) -> Reserved:
         number = next(self._ids) << _ROW_BITS | row
-        self.live[number] = Claim(owner=owner, row=row, offset=offset)
+        self.live[number] = Claim(owner=owner, row=row, offset=offset, attempt=attempt)
+        self._blocks.reservation_id.at[row] = number
         self._deadlines.set(Due.RESERVATION, number, deadline)
         return Reserved(outcome=ReserveOutcome.RESERVED, reservation_id=number, offset=offset)
 

@@ -64,6 +64,11 @@ class Rows:
     def __len__(self) -> int:
         return self._num_named
 
+    @property
+    def end(self) -> int:
+        """No row from here on was ever used."""
+        return self._watermark
+
     def column(self, dtype: DTypeLike) -> Column:
         """A new column; it grows with the table."""
         column = Column(self._num_rows, dtype)
@@ -128,6 +133,14 @@ class Rows:
         """The name a row has, or had last."""
         return self._names.values[row * _NAME_WORDS : (row + 1) * _NAME_WORDS].tobytes()
 
+    def names_of(self, rows: RowArray) -> list[bytes]:
+        """The same for many."""
+        return as_names(self._names.values.reshape(-1, _NAME_WORDS)[rows])
+
+    def words_of(self, row: int) -> memoryview[int]:
+        """The same as words, without a copy."""
+        return self._names.at[row * _NAME_WORDS : (row + 1) * _NAME_WORDS]
+
     def named(self) -> RowArray:
         """All rows that have a name, in no order."""
         return self._buckets.values[self._buckets.values != NOBODY].astype(np.int64)
@@ -178,6 +191,12 @@ class Rows:
             buckets[at[is_free]] = pending[is_free]
             has_lost = buckets[at] != pending
             pending, at = pending[has_lost], (at[has_lost] + 1) & (len(buckets) - 1)
+
+
+def as_names(words: NDArray[np.uint64]) -> list[bytes]:
+    """Names as strings of bytes, from [num_names, 4] words."""
+    data = words.tobytes()
+    return [data[at : at + NAME_NUM_BYTES] for at in range(0, len(data), NAME_NUM_BYTES)]
 
 
 def _differ(names: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.bool_]:

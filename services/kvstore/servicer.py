@@ -1,12 +1,14 @@
 """KvStoreService: the wire's side of the block index.
 
 Owns validation and translation; every decision is the index's. Bytes never pass through here.
-Handlers run on the event loop; only a Lookup of blocks in lower tiers waits.
+Handlers run on the event loop; only Lookups (of blocks in lower tiers or being written) and Watches
+wait.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from typing import Protocol
 
 from kv.transfer import Agent
@@ -18,14 +20,19 @@ from services.kvstore.callers import CallerTable
 from services.kvstore.index import BlockIndex
 from services.kvstore.mover import Mover
 from services.kvstore.validation import (
+    MAX_LIFE_NUM_BYTES,
+    MAX_TENANT_NUM_BYTES,
     check_count,
     check_keys,
     check_num_bytes,
     check_present,
     check_same_len,
+    check_text,
     check_ttl,
     check_wait,
 )
+from services.kvstore.waiting import Waiting
+from services.kvstore.watching import MAX_WATCHERS, Watchers
 
 DEFAULT_WAIT_S = 1.0
 
@@ -58,18 +65,22 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         transfer: Transfer,
         telemetry: Telemetry,
         mover: Mover | None = None,
+        max_watchers: int = MAX_WATCHERS,
     ) -> None:
         self._index = index
+        self._waiting = Waiting(index)
         self._mover = mover
         self._callers = callers
         self._agent = transfer.agent
+        self._watchers = Watchers(index=index, life=self._agent.name, limit=max_watchers)
         self._telemetry = telemetry
         self._draining = False
         self._is_size_reported = False
 
     def drain(self) -> None:
-        """Refuses new reservations and lookups; what is under way may end."""
+        """Refuses reservations, lookups and pins and ends watches; what is under way may end."""
         self._draining = True
+        self._watchers.close()
 
     async def Connect(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.ConnectRequest, context: object
@@ -94,6 +105,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Slots for new blocks."""
         check_keys("keys", request.keys)
         check_ttl(request.ttl_s)
+        check_text("tenant", request.tenant, MAX_TENANT_NUM_BYTES)
         self._callers.require(request.incarnation)
         self._report_size(request.num_bytes)
         check_num_bytes(request.num_bytes, self._agent.arena_num_bytes)
@@ -104,6 +116,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             request.num_bytes,
             ttl_s=request.ttl_s,
             is_private=request.is_private,
+            tenant=request.tenant,
+            attempt=request.attempt,
         )
         messages = [_reservation(answer, request.num_bytes) for answer in answers]
         return kvstore_pb2.ReserveResponse(reservations=messages)
@@ -124,7 +138,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.AcknowledgeResponse:
         """Frees slots that the writer is done with."""
         check_count("reservation_ids", request.reservation_ids)
-        num_freed = self._index.acknowledge(request.incarnation, request.reservation_ids)
+        num_freed = self._index.acknowledge(
+            request.incarnation, request.reservation_ids, attempt=request.attempt
+        )
         return kvstore_pb2.AcknowledgeResponse(num_freed=num_freed)
 
     async def Lookup(  # noqa: N802 - gRPC method name
@@ -167,8 +183,36 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         check_keys("keys", request.keys)
         return kvstore_pb2.DiscardResponse(num_dropped=self._index.discard(request.keys))
 
+    async def Pin(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.PinRequest, context: object
+    ) -> kvstore_pb2.PinResponse:
+        """Keeps blocks from eviction."""
+        check_keys("keys", request.keys)
+        check_ttl(request.ttl_s)
+        self._callers.require(request.incarnation)
+        self._check_open()
+        num_pinned, pin_id = self._index.pin(request.incarnation, request.keys, ttl_s=request.ttl_s)
+        return kvstore_pb2.PinResponse(num_pinned=num_pinned, pin_id=pin_id)
+
+    async def Unpin(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.UnpinRequest, context: object
+    ) -> kvstore_pb2.UnpinResponse:
+        """Ends a pin."""
+        unpinned = self._index.unpin(request.incarnation, request.pin_id)
+        return kvstore_pb2.UnpinResponse(unpinned=unpinned)
+
+    def Watch(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.WatchRequest, context: object
+    ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
+        """What the store has and how that changes."""
+        check_text("life", request.life, MAX_LIFE_NUM_BYTES)
+        self._check_open()
+        return self._watchers.stream(request)
+
     async def _look_up(self, request: kvstore_pb2.LookupRequest, max_wait_s: float) -> Leased:
         owner, keys, num_bytes = request.incarnation, list(request.keys), request.num_bytes
+        if request.waits_for_writers:
+            max_wait_s = await self._waiting.until_written(keys, max_wait_s)
         if self._mover is None:
             return self._index.lookup(owner, keys, num_bytes, ttl_s=request.ttl_s)
         return await self._mover.lookup(

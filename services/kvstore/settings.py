@@ -34,6 +34,20 @@ class KvStoreSettings(ServiceSettings):
         "hold those of a former life",
     )
     disk_bytes: str = setting("1GiB", group="memory", help="most bytes in --disk-dir")
+    max_pinned: float = setting(
+        0.5, group="memory", help="most of --kv-bytes that may be pinned", minimum=0, maximum=1
+    )
+    tenant_bytes: str = setting(
+        "0", group="memory", help="most of --kv-bytes for the blocks of one tenant; 0: all of it"
+    )
+    watch_events: int = setting(
+        65_536,
+        group="watchers",
+        help="changes that a watcher may be behind before it is told everything anew",
+        minimum=1,
+        maximum=2**24,
+    )
+    max_watchers: int = setting(64, group="watchers", help="watchers at a time", minimum=0)
     private_ttl_s: float = setting(
         120.0, group="lifetimes", help="seconds a private block waits for its reader", minimum=1
     )
@@ -69,6 +83,11 @@ class KvStoreSettings(ServiceSettings):
     def disk_num_bytes(self) -> int:
         """`disk_bytes` as a number, 0 without a directory; ValueError as above."""
         return 0 if self.disk_dir is None else _num_bytes("--disk-bytes", self.disk_bytes)
+
+    @property
+    def tenant_num_bytes(self) -> int:
+        """`tenant_bytes` as a number, 0 for no limit; ValueError as above."""
+        return _num_bytes("--tenant-bytes", self.tenant_bytes, minimum=0)
 
 
 def _num_bytes(flag: str, text: str, minimum: int = 1) -> int:

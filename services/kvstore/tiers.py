@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import BlockState
+from services.kvstore.block import BlockState, Place
 from services.kvstore.blocks import Blocks
 from services.kvstore.disk_format import Header
 from services.kvstore.lower_tier import LowerTier, Move
@@ -45,9 +45,9 @@ class LowerTiers:
         self._files = FileRoom(blocks, disk_num_bytes)
         if host_num_bytes:
             room = SlotRoom(blocks, SlotAllocator(host_num_bytes))
-            self.host = LowerTier("dram", blocks, memory, room)
+            self.host = LowerTier("dram", Place.HOST, blocks, memory, room)
         if disk_num_bytes:
-            self.disk = LowerTier("disk", blocks, memory, self._files)
+            self.disk = LowerTier("disk", Place.DISK, blocks, memory, self._files)
         self.all: list[LowerTier] = [tier for tier in (self.host, self.disk) if tier is not None]
         self._promotions: dict[int, Move] = {}
         self._arrived: set[int] = set()  # promoted, held until everyone who asked has a lease
@@ -77,9 +77,9 @@ class LowerTiers:
             tier.offer(row)
 
     def forget(self, row: int) -> bool:
-        """Drops a block's copies; whether it had any."""
+        """Drops a block's copies, slowest first: watchers are told once. Whether it had any."""
         had_any = False
-        for tier in self.all:
+        for tier in reversed(self.all):
             if tier.has(row):
                 tier.forget(row)
                 had_any = True
@@ -121,6 +121,7 @@ class LowerTiers:
         del self._promotions[row]
         if outcome is Promoted.DONE:
             self._blocks.state.at[row] = BlockState.SEALED
+            self._blocks.report(row)
             self._memory.hold(np.array([row]))
             self._arrived.add(row)
             for tier in self.all[: self.all.index(move.tier)]:
@@ -161,7 +162,7 @@ class LowerTiers:
         source = next((tier for tier in sources if tier.has(row)), None)
         if source is None:
             return None  # evicted a moment ago, to make room for the blocks before it
-        offset = self._memory.take(num_bytes)
+        offset = self._memory.take(num_bytes, self._blocks.tenant.at[row])
         if offset is None:
             return None
         self._memory.place(row, offset, num_bytes, BlockState.PROMOTING)

@@ -13,6 +13,8 @@ KEY_NUM_BYTES = 32
 MAX_NUM_KEYS = 4096
 MAX_TTL_S = 300.0
 MAX_WAIT_S = 60.0
+MAX_TENANT_NUM_BYTES = 64
+MAX_LIFE_NUM_BYTES = 256
 
 
 def check_keys(field: str, keys: Sequence[bytes]) -> None:
@@ -56,6 +58,13 @@ def check_same_len(
     count = len(others)
     if len(values) != count:
         raise invalid(field, f"{len(values)} values; {other} has {count}")
+
+
+def check_text(field: str, value: str, max_num_bytes: int) -> None:
+    """At most max_num_bytes of UTF-8."""
+    num_bytes = len(value.encode())
+    if num_bytes > max_num_bytes:
+        raise invalid(field, f"{num_bytes} bytes; the limit is {max_num_bytes}")
 
 
 def check_present(field: str, value: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import SequenceState, StepItem, StepOutcome, finish_reason_for
-from kv.block import block_keys, prefix_identity
+from kv.block import block_keys, prefix_identity, tenant_id
 from mesh.errors import Internal
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 from services import wire
@@ -57,11 +57,24 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._prompts[prompt_id] = prompt
         try:
             yield prefill_pb2.PrefillResponse(started=await prompt.start())
-            yield prefill_pb2.PrefillResponse(finished=await prompt.finish())
+            finished = await prompt.finish()
             prompt.is_handed_off = True
+            yield prefill_pb2.PrefillResponse(finished=finished)
         finally:
-            prompt.close()
-            del self._prompts[prompt_id]
+            if prompt.is_handed_off:
+                self._worker.spawn(self._see_off(prompt_id))
+            else:
+                self._end(prompt_id)
+
+    async def _see_off(self, prompt_id: int) -> None:
+        """Waits for what was handed off to be sent: its reader does not need this call any more."""
+        try:
+            await self._prompts[prompt_id].sent()
+        finally:
+            self._end(prompt_id)
+
+    def _end(self, prompt_id: int) -> None:
+        self._prompts.pop(prompt_id).close()
 
     def _on_step(self, outcome: StepOutcome) -> None:
         instruments = self._worker.telemetry.instruments
@@ -90,6 +103,7 @@ class Prompt:
         self.is_handed_off = False
         self._num_sent = 0
         self._sending: Sending | None = None
+        self._rest: asyncio.Task[None] | None = None
         self._prompt_logprobs: list[common_pb2.PositionLogprobs] = []
         self._computed: asyncio.Future[StepItem] = asyncio.get_running_loop().create_future()
         self._compute_started_at = 0.0
@@ -125,7 +139,8 @@ class Prompt:
             num_pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
-        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key)
+        tenant = tenant_id(request.cache_salt)
+        self._sending = Sending(worker, self._keys, num_pulled, request.tail_key, tenant)
         self._num_sent = num_pulled
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()
@@ -135,7 +150,7 @@ class Prompt:
         )
 
     async def finish(self) -> prefill_pb2.PrefillFinished:
-        """Waits for the last chunk and the last seal."""
+        """Waits for the last chunk, not for its way to the store: the reader waits for that."""
         item = await self._computed
         computed_at = time.monotonic()
         handoff = await self._hand_off()
@@ -168,6 +183,8 @@ class Prompt:
 
     def close(self) -> None:
         """Frees everything. What is still being sent is dropped: no unsealed block is ever read."""
+        if self._rest is not None:
+            self._rest.cancel()
         if self._sending is not None:
             self._sending.close()
         if self._computed.done() and not self._computed.cancelled():
@@ -181,17 +198,23 @@ class Prompt:
             self._worker.engine.drop(self._sequence)
 
     async def _hand_off(self) -> common_pb2.Handoff:
-        """Waits for the full blocks and the tail; what did not seal is recomputed later."""
+        """What a reader can wait for; it computes again what is not sealed soon."""
         worker, num_tokens = self._worker, len(self._token_ids)
         assert self._sending is not None, "started before it is finished"
         tail_len = num_tokens % worker.block_tokens
         tail_block = self._sequence.blocks[-1] if tail_len and self._request_decodes else None
-        has_tail = await self._sending.finish(tail_block, tail_len)
+        self._rest = asyncio.ensure_future(self._sending.finish(tail_block, tail_len))
+        await self._sending.reserved()
         return common_pb2.Handoff(
-            tail_key=self._request.tail_key if has_tail else b"",
+            tail_key=b"" if tail_block is None else self._request.tail_key,
             num_tokens=num_tokens,
             identity=prefix_identity(self._root, self._token_ids, worker.block_tokens),
         )
+
+    async def sent(self) -> None:
+        """Waits until all that can be sealed is."""
+        assert self._rest is not None, "finished before it is sent"
+        await self._rest
 
     @property
     def _request_decodes(self) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kv.block import block_keys, model_fingerprint, prefix_identity, salted_root
+from kv.block import block_keys, model_fingerprint, prefix_identity, salted_root, tenant_id
 from kv.layout import LAYOUT_VERSION, BlockLayout
 
 ROOT = b"r" * 32
@@ -45,6 +45,12 @@ def test_identities_tell_every_prefix_apart() -> None:
     assert len(identities) == 20
     assert identities.isdisjoint({ROOT, *block_keys(ROOT, tokens, 4)})
     assert prefix_identity(salted_root(ROOT, "tenant"), tokens, 4) not in identities
+
+
+def test_a_tenant_is_told_without_its_salt() -> None:
+    assert tenant_id("") == ""
+    assert len({tenant_id("a"), tenant_id("b"), salted_root(ROOT, "a").hex()[:16]}) == 3
+    assert tenant_id("a") == tenant_id("a") and len(tenant_id("a")) == 16
 
 
 def test_salts_and_fingerprints_give_different_roots() -> None:

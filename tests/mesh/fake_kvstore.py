@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from mesh.errors import FailedPrecondition
+from mesh.errors import FailedPrecondition, Unavailable
 from mesh.kvstore_client import KvStoreClient, PullResult
 from mesh.kvstore_shard import agent_to_wire
 from mesh.server import ServiceServer
@@ -33,13 +33,17 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.sealed: dict[bytes, tuple[int, int]] = {}
         self.private: set[bytes] = set()
         self.reserved: dict[int, tuple[bytes, int, bool]] = {}
+        self.attempts: dict[int, list[int]] = {}
         self.leases: dict[int, list[bytes]] = {}
         self.corrupt: list[bytes] = []
         self.num_keys_asked: list[int] = []
+        self.tenants: list[str] = []
         self.num_leases = 0
         self.expires = False
+        self.loses_answers = False
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
+        self.acknowledged = asyncio.Event()
         self._next = 1
         self._free = list(range(NUM_BLOCKS))
 
@@ -53,6 +57,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def Reserve(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._enter(request)
+        self.tenants.append(request.tenant)
         answer = kvstore_pb2.ReserveResponse()
         taken = {key for key, _, _ in self.reserved.values()}
         for key in request.keys:
@@ -66,11 +71,14 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
             else:
                 slot, self._next = self._free.pop(), self._next + 1
                 self.reserved[self._next] = (key, slot, request.is_private)
+                self.attempts.setdefault(request.attempt, []).append(self._next)
                 answer.reservations.add(
                     outcome=outcome.OUTCOME_RESERVED,
                     reservation_id=self._next,
                     slot=kvstore_pb2.Slot(offset=slot * BLOCK, num_bytes=request.num_bytes),
                 )
+        if self.loses_answers:
+            raise Unavailable("the answer is lost")
         return answer
 
     async def Seal(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -86,8 +94,10 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         return answer
 
     async def Acknowledge(self, request: Any, context: Any) -> Any:  # noqa: N802
-        freed = [self.reserved.pop(i) for i in request.reservation_ids if i in self.reserved]
+        ids = [*request.reservation_ids, *self.attempts.pop(request.attempt, [])]
+        freed = [self.reserved.pop(i) for i in ids if i in self.reserved]
         self._free += [slot for _, slot, _ in freed]
+        self.acknowledged.set()
         return kvstore_pb2.AcknowledgeResponse(num_freed=len(freed))
 
     async def Lookup(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -165,13 +175,13 @@ class Mesh:
 
     async def client(self, *addresses: str) -> KvStoreClient:
         client = KvStoreClient(
-            addresses=list(addresses),
             transfer=self.worker,
             block_num_bytes=BLOCK,
             incarnation=self.worker.agent.incarnation,
             digest=self.digest,
             telemetry=self.telemetry,
         )
+        client.follow(addresses)
         await client.start()
         self._clients.append(client)
         return client

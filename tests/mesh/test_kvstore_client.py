@@ -41,6 +41,13 @@ async def test_published_blocks_are_pulled_from_every_shard(mesh: Mesh, num_stor
     assert mesh.count("kvmesh.kv.transfer.duration").keys() == {"put", "get"}
 
 
+async def test_blocks_are_published_on_behalf_of_a_tenant(mesh: Mesh) -> None:
+    client = await mesh.started()
+    assert await publish(client, keys_of(2)) == 2
+    assert await publish(client, keys_of(4), tenant="t") == 4
+    assert mesh.stores[0].tenants == ["", "t"]
+
+
 async def test_a_prompt_without_full_blocks_asks_nobody(mesh: Mesh) -> None:
     client = await mesh.started()
     assert (await mesh.pull(client, [])).num_blocks == 0

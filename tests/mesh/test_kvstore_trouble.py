@@ -54,6 +54,19 @@ async def test_a_corrupt_block_and_all_after_it_are_dropped_and_reported(mesh: M
     assert mesh.count("kvmesh.kv.verify.failures") == {"digest": 1}
 
 
+async def test_slots_whose_grant_was_lost_are_given_back(mesh: Mesh) -> None:
+    client = await mesh.started()
+    store = mesh.stores[0]
+    mesh.fill(4)
+    store.loses_answers = True
+    assert await publish(client, keys_of(4)) == 0
+    store.loses_answers = False
+    await asyncio.wait_for(store.acknowledged.wait(), PATIENCE_S)
+    assert not store.reserved
+    assert await client.until_up(PATIENCE_S)
+    assert await publish(client, keys_of(4)) == 4
+
+
 async def test_a_frozen_store_is_noticed_before_a_request_asks_it(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

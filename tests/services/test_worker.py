@@ -31,7 +31,7 @@ class LateStore:
     def __init__(self) -> None:
         self.settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def pull(self, keys: Any, blocks: list[int], *, deadline_s: float, hold: Any) -> Any:
+    async def pull(self, keys: Any, blocks: list[int], *, hold: Any, **_: Any) -> Any:
         hold([blocks[1]], self.settled)
         return PullResult(num_blocks=1, get_s=0.0, failures=("timeout",))
 

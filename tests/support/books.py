@@ -14,10 +14,12 @@ NUM_SPARE_TASKS = 4  # health checks and reconnects that a poll may meet
 NUM_SPARE_FDS = 6
 NUM_FDS_PER_LOSS = 6  # a peer that came back costs NIXL up to 2 descriptors a side and try
 _ZERO = {
-    "num_requests", "num_sequences", "num_waiting", "num_leases", "num_reservations",
+    "num_requests", "num_sequences", "num_waiting", "num_leases", "num_pins", "num_reservations",
     "num_blocks_private", "num_blocks_quarantined",
 }  # fmt: skip
-_PROMISES = {"num_leases", "num_reservations", "num_blocks_private", "num_blocks_quarantined"}
+_PROMISES = {
+    "num_leases", "num_pins", "num_reservations", "num_blocks_private", "num_blocks_quarantined"
+}  # fmt: skip
 
 
 class Books:
@@ -69,7 +71,7 @@ class Books:
         problems = [f"{name}: {key} {getattr(counts, key)}" for key in zero if getattr(counts, key)]
         if not is_store and counts.num_blocks_used:
             problems.append(f"{name}: {counts.num_blocks_used} blocks in use")
-        if "down" in status.detail or "connecting" in status.detail:
+        if any(state in status.detail for state in ("down", "connecting", "leaving")):
             problems.append(f"{name}: {status.detail}")
         num_fds, num_tasks = counts.num_fds, counts.num_tasks
         base_fds, base_tasks = self._loads.setdefault(status.incarnation, (num_fds, num_tasks))

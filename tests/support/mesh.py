@@ -122,9 +122,13 @@ class Mesh:
         """The address at which processes of role `user` find this one."""
         return process.address
 
+    def store_sources(self, user: str) -> str:
+        """What processes of role `user` get as --kvstore."""
+        return ",".join(self.route(user, process) for process in self.kvstores)
+
     def spawn_worker(self, role: str, *, port: int = 0) -> Process:
         """Starts one more worker with this mesh's flags."""
-        stores = ",".join(self.route(role, process) for process in self.kvstores)
+        stores = self.store_sources(role)
         return self._spawn(role, *self._worker_flags, "--kvstore", stores, "--port", str(port))
 
     def spawn_store(self, *, port: int = 0) -> Process:
@@ -142,7 +146,7 @@ class Mesh:
             *("--model", str(self.model), "--port", str(port)),
             *("--admin-port", self.admin_address.rpartition(":")[2]),
             *("--prefill", addresses(self.prefills), "--decode", addresses(self.decodes)),
-            *("--kvstore", addresses(self.kvstores), *self._gateway_flags),
+            *("--kvstore", self.store_sources("gateway"), *self._gateway_flags),
         )
 
     def respawn(self, process: Process) -> Process:

@@ -14,6 +14,8 @@ from services.kvstore.index import BlockIndex
 
 SIZE, NUM_SLOTS, NUM_HOST, NUM_PARTS = 64, 3, 2, 2
 PRIVATE_TTL_S, QUARANTINE_S = 20.0, 30.0
+TENANT_NUM_BYTES, MAX_PINNED = 2 * SIZE, 0.4
+NUM_CHANGES = 4  # so few that watchers fall behind
 
 
 class State(enum.Enum):
@@ -82,6 +84,7 @@ class Read:
 class Life:
     """One life of the store: index and memory begin anew. `granted`: whose bytes its slots hold."""
 
+    name: str
     index: BlockIndex
     slots: SlotAllocator
     arena: DramArena

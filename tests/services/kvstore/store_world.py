@@ -21,12 +21,15 @@ from services.kvstore.index import BlockIndex
 from services.kvstore.tiers import Promoted
 from tests.services.kvstore.store_below import Below, Copying
 from tests.services.kvstore.store_ledger import (
+    MAX_PINNED,
+    NUM_CHANGES,
     NUM_HOST,
     NUM_PARTS,
     NUM_SLOTS,
     PRIVATE_TTL_S,
     QUARANTINE_S,
     SIZE,
+    TENANT_NUM_BYTES,
     Life,
     Read,
     State,
@@ -49,6 +52,7 @@ class Habits:
     waits: bool = True  # writers acknowledge when the WRITE is over
     finishes: bool = True  # writers seal when all parts have arrived
     awaits: bool = True  # what is read back is given out when it has come
+    pins: bool = False  # somebody pins, and a slow watcher follows: steps that hide other mutants
 
 
 class World:
@@ -67,24 +71,34 @@ class World:
         """A life of the store; ids and transfers of the former ones go on outside."""
         arena = DramArena(NUM_SLOTS * SIZE)
         slots = SlotAllocator(arena.num_bytes)
+        number = next(self._num_lives)
         index = self.habits.index_type(
             slots,
             clock=lambda: self.now,
             private_ttl_s=PRIVATE_TTL_S,
             quarantine_s=self.habits.quarantine_s,
+            first_id=1 + number * self.habits.ids_per_life,
             host_num_bytes=NUM_HOST * SIZE,
-            first_id=1 + next(self._num_lives) * self.habits.ids_per_life,
+            tenant_num_bytes=TENANT_NUM_BYTES,
+            pinned_share=MAX_PINNED,
+            num_changes=NUM_CHANGES,
         )
-        self.life = Life(index=index, slots=slots, arena=arena)
+        self.life = Life(name=f"life-{number}", index=index, slots=slots, arena=arena)
         self.below = Below(self.life)
         return self.life
 
     def reserve(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, ttl_s: float, is_private: bool
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        ttl_s: float,
+        is_private: bool,
+        tenant: str = "",
     ) -> list[Write]:
         """The new reservations; whoever had their bytes must not count on them any more."""
         answers = self.life.index.reserve(
-            owner, keys, num_bytes, ttl_s=ttl_s, is_private=is_private
+            owner, keys, num_bytes, ttl_s=ttl_s, is_private=is_private, tenant=tenant
         )
         fresh: list[Write] = []
         for key, answer in zip(keys, answers, strict=True):
@@ -195,15 +209,24 @@ class World:
             assert is_right or block.is_damaged, "a confirmed read is not what was sealed"
             if self.habits.verifies and digest_of(copy) != block.digest:
                 self.reached["found corrupt"] += 1
-                self.report(block.key)
+                self.drop_corrupt([block.key])
                 continue
             assert is_right, "a reader used bytes that its key does not stand for"
             self.reached["used"] += 1
 
-    def report(self, key: bytes) -> None:
-        """A reader found wrong bytes; nothing may bring them back."""
-        self.life.index.drop_corrupt([key])
-        self.below.check_gone(key)
+    def discard(self, keys: Sequence[bytes]) -> None:
+        """Private blocks go; one that is still being written leaves its slot to its writer."""
+        index = self.life.index
+        index.discard(keys)
+        for write in self.life.granted:
+            if write.key in keys and write.reservation_id in index._reservations.quarantined:
+                write.deadline = min(write.deadline, self.now)
+
+    def drop_corrupt(self, keys: Sequence[bytes]) -> None:
+        """Somebody found wrong bytes under these keys; nothing may bring them back."""
+        self.life.index.drop_corrupt(keys)
+        for key in keys:
+            self.below.check_gone(key)
 
     def begin_promotion(self, keys: Sequence[bytes]) -> None:
         """The store takes slots for blocks that DRAM has."""

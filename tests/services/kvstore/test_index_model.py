@@ -13,10 +13,8 @@ from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import BlockState, LeaseOutcome, ReserveOutcome
 from services.kvstore.index import BlockIndex
 
-SIZE = 4096
-NUM_SLOTS = 5
-PRIVATE_TTL_S = 20.0
-QUARANTINE_S = 30.0
+SIZE, NUM_SLOTS = 4096, 5
+PRIVATE_TTL_S, QUARANTINE_S = 20.0, 30.0
 
 KEYS = st.lists(st.sampled_from([bytes([65 + i]) for i in range(7)]), min_size=1, max_size=4)
 OWNERS = st.sampled_from(["left", "right"])
@@ -222,6 +220,9 @@ class IndexMachine(RuleBasedStateMachine):
             held = self.model.present(key)
             if held and held.state == "sealed" and (held.is_private or not only_private):
                 self.model.drop(held)
+                num_dropped += 1
+            elif held and held.state == "reserved" and held.is_private and only_private:
+                held.state, held.deadline = "quarantined", self.model.now + QUARANTINE_S
                 num_dropped += 1
         drop = self.index.discard if only_private else self.index.drop_corrupt
         assert drop(keys) == num_dropped

@@ -45,6 +45,9 @@ def refusal(kv_bytes: str, *flags: str) -> str:
 def test_a_bad_size_is_named() -> None:
     errors = refusal("many")
     assert "--kv-bytes: 'many'" in errors and "Traceback" not in errors
+    errors = refusal("1MiB", "--tenant-bytes", "few")
+    assert "--tenant-bytes: 'few'" in errors and "Traceback" not in errors
+    assert "--max-pinned" in refusal("1MiB", "--max-pinned", "1.5")
 
 
 def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -141,7 +144,13 @@ def test_it_serves_and_drains() -> None:
                 raise AssertionError("another NIXL version was accepted")
             except grpc.RpcError as error:
                 assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
-        process.send_signal(signal.SIGTERM)
+            assert not instance.counts.num_pins
+            watch = store.Watch(kvstore_pb2.WatchRequest(), timeout=20)
+            assert next(watch).life.startswith("kvstore-")
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as ended:
+                list(watch)
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE  # pyright: ignore[reportAttributeAccessIssue]
         assert process.wait(15) == 0
     finally:
         process.kill()

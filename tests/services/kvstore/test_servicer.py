@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
-
 import grpc
 import pytest
 
-from kv.transfer import Agent
-from mesh.errors import KvmeshError, from_rpc_error
-from mesh.server import ServiceServer
-from mesh.telemetry import Telemetry
 from protos import kvstore_pb2 as pb
-from protos import kvstore_pb2_grpc
-from services.kvstore.arena import SlotAllocator
-from services.kvstore.callers import CallerTable
-from services.kvstore.index import BlockIndex
-from services.kvstore.servicer import KvStoreServicer
-
-SIZE = 4096
-ARENA = 16 * SIZE
-KEY_A, KEY_B = b"a" * 32, b"b" * 32
-
-
-class NamedTransfer:
-    """Stands for NIXL: the store only asks who it is."""
-
-    agent = Agent(
-        name="kvstore-test",
-        nixl_version="1.5.1",
-        metadata=b"meta",
-        arena_address=4096,
-        arena_num_bytes=ARENA,
-        incarnation="store",
-        host_id="here",
-    )
-
-
-@dataclass
-class Service:
-    """A served store, its stub, and its clock."""
-
-    stub: kvstore_pb2_grpc.KvStoreServiceStub
-    servicer: KvStoreServicer
-    index: BlockIndex
-    now: list[float]
-
-
-@pytest.fixture
-async def service() -> AsyncIterator[Service]:
-    now = [50.0]
-    telemetry = Telemetry.start(role="kvstore", incarnation="store", endpoint=None)
-    index = BlockIndex(SlotAllocator(ARENA), clock=lambda: now[0])
-    servicer = KvStoreServicer(
-        index=index,
-        callers=CallerTable(clock=lambda: now[0], idle_s=1000),
-        transfer=NamedTransfer(),
-        telemetry=telemetry,
-    )
-    server = ServiceServer(host="127.0.0.1", port=0, telemetry=telemetry)
-    register = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
-    server.add(register, servicer, "kvmesh.v1.KvStoreService")
-    port = await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
-        yield Service(stub, servicer, index, now)
-    await server.stop(0)
-    index.check()
-
-
-async def connect(service: Service, version: str = "1.5.1") -> pb.ConnectResponse:
-    agent = pb.Agent(name="decode-1", nixl_version=version, incarnation="w")
-    return await service.stub.Connect(pb.ConnectRequest(agent=agent))
-
-
-async def failure(call: grpc.aio.UnaryUnaryCall) -> KvmeshError:
-    with pytest.raises(grpc.RpcError) as raised:
-        await call
-    return from_rpc_error(raised.value)
-
-
-def reserve_request(**fields: object) -> pb.ReserveRequest:
-    values = {"incarnation": "w", "keys": [KEY_A, KEY_B], "num_bytes": SIZE, "ttl_s": 30.0}
-    return pb.ReserveRequest(**{**values, **fields})
-
-
-def lookup_request(**fields: object) -> pb.LookupRequest:
-    values = {"incarnation": "w", "keys": [KEY_A, KEY_B], "num_bytes": SIZE, "ttl_s": 30.0}
-    return pb.LookupRequest(**{**values, **fields})
-
-
-async def put(service: Service, **fields: object) -> list[int]:
-    response = await service.stub.Reserve(reserve_request(**fields))
-    ids = [reservation.reservation_id for reservation in response.reservations]
-    digests = [2**64 - 1 - i for i in range(len(ids))]
-    request = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=digests)
-    assert all((await service.stub.Seal(request)).sealed)
-    return ids
+from services.kvstore.tenants import tenant_number
+from tests.services.kvstore.served_store import (
+    ARENA,
+    KEY_A,
+    KEY_B,
+    SIZE,
+    Service,
+    connect,
+    failure,
+    lookup_request,
+    put,
+    reserve_request,
+)
 
 
 async def test_connect_answers_with_the_stores_agent(service: Service) -> None:
@@ -163,6 +84,28 @@ async def test_discard_drops_a_private_block(service: Service) -> None:
     assert (await service.stub.Discard(pb.DiscardRequest(keys=[KEY_A]))).num_dropped == 1
 
 
+async def test_pins_over_the_wire(service: Service) -> None:
+    await connect(service)
+    await put(service)
+    pin = pb.PinRequest(incarnation="w", keys=[KEY_A, KEY_B, b"c" * 32], ttl_s=5.0)
+    pinned = await service.stub.Pin(pin)
+    assert pinned.num_pinned == 2 and pinned.pin_id
+    assert service.index.evict(2) == 0
+    other = pb.UnpinRequest(incarnation="x", pin_id=pinned.pin_id)
+    assert not (await service.stub.Unpin(other)).unpinned
+    unpin = pb.UnpinRequest(incarnation="w", pin_id=pinned.pin_id)
+    assert (await service.stub.Unpin(unpin)).unpinned
+    assert not (await service.stub.Unpin(unpin)).unpinned
+    service.servicer.drain()
+    assert (await failure(service.stub.Pin(pin))).reason == "DRAINING"
+
+
+async def test_a_tenant_is_counted_by_its_name(service: Service) -> None:
+    await connect(service)
+    await put(service, tenant="t" * 64)
+    assert service.index._memory.tenants.num_bytes == {tenant_number("t" * 64): 2 * SIZE}
+
+
 async def test_a_full_store_says_so(service: Service) -> None:
     await connect(service)
     keys = [bytes([i]) * 32 for i in range(17)]
@@ -175,7 +118,8 @@ async def test_a_full_store_says_so(service: Service) -> None:
 async def test_unknown_incarnations_must_connect(service: Service) -> None:
     seal = pb.SealRequest(incarnation="w")
     stub = service.stub
-    for call in (stub.Reserve(reserve_request()), stub.Seal(seal), stub.Lookup(lookup_request())):
+    calls = (stub.Reserve(reserve_request()), stub.Seal(seal), stub.Lookup(lookup_request()))
+    for call in (*calls, stub.Pin(pb.PinRequest(ttl_s=1))):
         error = await failure(call)
         assert error.code is grpc.StatusCode.FAILED_PRECONDITION
         assert error.reason == "UNKNOWN_INCARNATION"
@@ -202,6 +146,11 @@ BAD_REQUESTS = [
     ("Reserve", reserve_request(num_bytes=ARENA + 1), "num_bytes", str(ARENA)),
     ("Reserve", reserve_request(ttl_s=0.0), "ttl_s", "300"),
     ("Reserve", reserve_request(ttl_s=float("nan")), "ttl_s", "nan"),
+    ("Reserve", reserve_request(tenant="t" * 65), "tenant", "65 bytes; the limit is 64"),
+    ("Pin", pb.PinRequest(keys=[KEY_A, b"x"], ttl_s=1.0), "keys[1]", "1 bytes"),
+    ("Pin", pb.PinRequest(keys=[KEY_A] * 4097, ttl_s=1.0), "keys", "4096"),
+    ("Pin", pb.PinRequest(keys=[KEY_A]), "ttl_s", "300"),
+    ("Pin", pb.PinRequest(keys=[KEY_A], ttl_s=301.0), "ttl_s", "301"),
     ("Lookup", lookup_request(keys=[b""]), "keys[0]", "0 bytes"),
     ("Lookup", lookup_request(num_bytes=0), "num_bytes", "0;"),
     ("Lookup", lookup_request(ttl_s=300.5), "ttl_s", "300.5"),

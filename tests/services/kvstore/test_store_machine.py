@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -20,8 +20,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from services.kvstore.block import Leased, LeaseOutcome, Reserved
-from services.kvstore.index import BlockIndex
 from tests.services.kvstore.store_ledger import (
     NUM_PARTS,
     QUARANTINE_S,
@@ -30,7 +28,9 @@ from tests.services.kvstore.store_ledger import (
     State,
     Write,
 )
-from tests.services.kvstore.store_world import Habits, World
+from tests.services.kvstore.store_mutants import MUTANTS
+from tests.services.kvstore.store_world import Habits
+from tests.services.kvstore.watched_world import Pinned, WatchedWorld
 
 NUM_STEPS = 150  # long: what breaks a protocol needs a past
 WRITERS, READERS = ("w0", "w1"), ("r0", "r1")
@@ -39,6 +39,7 @@ TTLS = (1.0, 4.0, 15.0)
 STEPS = (
     *("begin_write", "go_on_writing", "end_write", "begin_read", "go_on_reading", "end_read") * 2,
     *("pass_time", "pass_time", "take_away", "have_trouble", "have_trouble"),
+    *("pin", "unpin", "follow"),
 )
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -49,12 +50,19 @@ def one_of_each(*choices: Sequence[object]) -> st.SearchStrategy[Any]:
 
 
 WRITES = one_of_each(
-    WRITERS, CHAINS, (SIZE, SIZE, SIZE, 2 * SIZE), TTLS, (False, True), range(NUM_PARTS + 1)
+    WRITERS,
+    CHAINS,
+    (SIZE, SIZE, SIZE, 2 * SIZE),
+    TTLS,
+    (False, True),
+    ("", "tenant"),
+    range(NUM_PARTS + 1),
 )
 READS = one_of_each(READERS, CHAINS, TTLS)
 TIMES = one_of_each((0.5, 1.0, 5.0, 5.0, QUARANTINE_S, 2 * QUARANTINE_S), (False, True))
 LOSSES = one_of_each(("drop_corrupt", "discard", "evict"), CHAINS)
 TROUBLES = one_of_each(("crash", "silence", "flip", "flip", "restart"), WRITERS + READERS)
+FOLLOWS = st.sampled_from((1, 1, 2, 5, 0))
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -64,13 +72,13 @@ class StoreMachine(RuleBasedStateMachine):
     what breaks a protocol needs many kinds of steps.
     """
 
-    habits: ClassVar[Habits] = Habits()
+    habits: ClassVar[Habits] = Habits(pins=True)
     reached: ClassVar[Counter[str] | None] = None
     steps: ClassVar[Sequence[str]] = STEPS
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.habits)
+        self.world = WatchedWorld(self.habits)
         self.incarnations: Counter[str] = Counter()
 
     @rule(data=st.data())
@@ -78,25 +86,28 @@ class StoreMachine(RuleBasedStateMachine):
         """One step that has something to act on."""
         things = self.things()
         step = data.draw(st.sampled_from([step for step in self.steps if things.get(step, True)]))
-        if step in things:
-            getattr(self, step)(data.draw, data.draw(st.sampled_from(things[step][-4:])))
+        if isinstance(choices := things.get(step), Sequence):
+            getattr(self, step)(data.draw, data.draw(st.sampled_from(choices[-4:])))
         else:
             getattr(self, step)(data.draw)
 
-    def things(self) -> dict[str, Sequence[Any]]:
-        """What the steps act on that need something."""
+    def things(self) -> dict[str, Sequence[Any] | bool]:
+        """What the steps act on that need something, or whether they are taken."""
         return {
             "go_on_writing": self._on_the_way(),
             "end_write": self._remembered(),
             "begin_read": self._sealed(),
             "go_on_reading": self.world.reads,
             "end_read": self.world.reads,
+            "pin": self._sealed() if self.habits.pins else (),
+            "unpin": self.world.pinned,
+            "follow": self.habits.pins,
         }
 
     def begin_write(self, draw: Draw) -> None:
         """Reserves; some parts may arrive at once, and what is whole is sealed."""
-        who, keys, num_bytes, ttl_s, is_private, num_parts = draw(WRITES)
-        writes = self.world.reserve(self._owner(who), keys, num_bytes, ttl_s, is_private)
+        who, keys, num_bytes, ttl_s, is_private, tenant, num_parts = draw(WRITES)
+        writes = self.world.reserve(self._owner(who), keys, num_bytes, ttl_s, is_private, tenant)
         for write in writes:
             self.world.land(write, num_parts)
             if num_parts == NUM_PARTS:
@@ -119,6 +130,21 @@ class StoreMachine(RuleBasedStateMachine):
         self.world.read(read, draw(st.sampled_from([NUM_PARTS, 0])))
         self.world.release(read)
 
+    def pin(self, draw: Draw, first: Write) -> None:
+        who, more, ttl_s = draw(READS)
+        self.world.pin(self._owner(who), [first.key, *more], ttl_s)
+
+    def unpin(self, draw: Draw, pinned: Pinned) -> None:
+        self.world.unpin(pinned)
+
+    def follow(self, draw: Draw) -> None:
+        """The slow watcher takes some messages, or its stream breaks."""
+        num_messages = draw(FOLLOWS)
+        for _ in range(num_messages):
+            self.world.slow.step()
+        if not num_messages:
+            self.world.break_stream()
+
     def pass_time(self, draw: Draw) -> None:
         """The store notices at once or with the next operation."""
         seconds, is_noticed = draw(TIMES)
@@ -132,11 +158,10 @@ class StoreMachine(RuleBasedStateMachine):
         index = self.world.life.index
         if how == "evict":
             index.evict(len(keys))
-        elif how == "drop_corrupt":
-            for key in keys:
-                self.world.report(key)
+        elif how == "discard":
+            self.world.discard(keys)
         else:
-            getattr(index, how)(keys)
+            self.world.drop_corrupt(keys)
 
     def have_trouble(self, draw: Draw) -> None:
         """An owner begins another life, known or not; a sealed bit turns; the store restarts."""
@@ -184,65 +209,6 @@ TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=NUM_STEPS, deadline=None)
 
 
-class LateSeal(BlockIndex):
-    """Seals a reservation that has expired."""
-
-    def reserve(
-        self,
-        owner: str,
-        keys: Sequence[bytes],
-        num_bytes: int,
-        *,
-        ttl_s: float,
-        is_private: bool = False,
-    ) -> list[Reserved]:
-        return super().reserve(owner, keys, num_bytes, ttl_s=10 * ttl_s, is_private=is_private)
-
-
-class BlindEviction(BlockIndex):
-    """Forgets a lease as soon as it has granted it."""
-
-    def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
-        leased = super().lookup(owner, keys, num_bytes, ttl_s=ttl_s)
-        super().release(owner, leased.lease_id)
-        return leased
-
-
-class AlwaysHeld(BlockIndex):
-    """Calls every lease of the caller held."""
-
-    def release(self, owner: str, lease_id: int) -> LeaseOutcome:
-        outcome = super().release(owner, lease_id)
-        return outcome if owner == "another" else LeaseOutcome.HELD
-
-
-class AnyOwner(BlockIndex):
-    """Lets every caller acknowledge everything."""
-
-    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
-        owners = ["another", *(f"w{i}.{n}" for i in range(2) for n in range(5))]
-        ids = list(reservation_ids)
-        return sum(super(AnyOwner, self).acknowledge(each, ids) for each in owners)
-
-
-MUTANTS = {
-    "quarantine skipped": (Habits(quarantine_s=0.0), "two hands: two writers'|was kept"),
-    "quarantine never ends": (Habits(quarantine_s=1e9), "slots leak"),
-    "ids begin again after a restart": (Habits(ids_per_life=0), "an id of another life"),
-    "an expired reservation is sealed": (Habits(index_type=LateSeal), "that had ended was sealed"),
-    "a lease does not stop eviction": (
-        Habits(index_type=BlindEviction),
-        "a reader's and a writer|was live: True",
-    ),
-    "an expired lease is called held": (Habits(index_type=AlwaysHeld), "Release said HELD"),
-    "another owner acknowledges": (Habits(index_type=AnyOwner), "another's slot was freed"),
-    "a reader does not confirm": (Habits(confirms=False), "is not what was sealed"),
-    "a reader does not verify": (Habits(verifies=False), "a reader used bytes"),
-    "a slot is given back during its WRITE": (Habits(waits=False), "a slot was overwritten"),
-    "a block is sealed during its WRITE": (Habits(finishes=False), "sealed unwritten"),
-}
-
-
 def run_machine(
     habits: Habits, num_examples: int, base: type[StoreMachine] = StoreMachine
 ) -> Counter[str]:
@@ -271,7 +237,7 @@ def test_the_machine_finds(name: str) -> None:
 
 
 def test_the_machine_reaches_what_it_is_about() -> None:
-    assert set(run_machine(Habits(), num_examples=20)) >= {
+    assert set(run_machine(Habits(pins=True), num_examples=60)) >= {
         "used",
         "HELD",
         "EXPIRED",
@@ -281,4 +247,10 @@ def test_the_machine_reaches_what_it_is_about() -> None:
         "landed in quarantine",
         "not sealed",
         "reused a slot",
+        "pinned",
+        "unpinned",
+        "a pin expired",
+        "dropped a pinned block",
+        "fell behind in a snapshot",
+        "followed",
     }

@@ -36,7 +36,7 @@ class TieredMachine(StoreMachine):
         *("begin_demotion", "begin_promotion", "end_demotion", "end_promotion") * 3,
     )
 
-    def things(self) -> dict[str, Sequence[Any]]:
+    def things(self) -> dict[str, Sequence[Any] | bool]:
         return {
             **super().things(),
             "begin_promotion": self.world.below.copied(),

@@ -8,61 +8,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     invariant,
     rule,
     run_state_machine_as_test,
 )
 
-from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import LeaseOutcome, ReserveOutcome
-from services.kvstore.disk_format import Header, file_num_bytes
-from services.kvstore.index import BlockIndex
-from services.kvstore.lower_tier import LowerTier, Move
+from services.kvstore.disk_format import Header
 from services.kvstore.tiers import Promoted
+from tests.services.kvstore.tiers_world import FLIPPED, NUM_FILES, NUM_HOST, SIZE, TiersWorld
+from tests.services.kvstore.watched_world import sealed_keys
 
-SIZE, NUM_SLOTS, NUM_HOST, NUM_FILES = 4096, 5, 3, 6
-FLIPPED = b"flipped"
 KEYS = st.lists(st.sampled_from([bytes([65 + i]) * 32 for i in range(8)]), min_size=1, max_size=4)
 TTLS = st.sampled_from([1.0, 4.0, 1000.0])
+TENANTS = st.sampled_from(["", "tenant"])
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
-class TierMachine(RuleBasedStateMachine):
-    """`slots`, `host` and `files` are what lies where; a content is the key that was written.
+class TierMachine(TiersWorld):
+    """Every step of the store and of its threads at any time.
 
     It has one rule because Hypothesis leaves out a random half of the rules in each example.
     """
-
-    reached: ClassVar[Counter[str] | None] = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.slots: dict[int, bytes] = {}
-        self.host: dict[int, bytes] = {}
-        self.files: dict[bytes, bytes] = {}
-        self.leases: dict[int, dict[int, bytes]] = {}
-        self.writes: list[Move] = []
-        self.reads: list[Move] = []
-        self.arrived: list[Move] = []
-        self.index = self.fresh_index(first_id=1)
-
-    def fresh_index(self, first_id: int) -> BlockIndex:
-        return BlockIndex(
-            SlotAllocator(NUM_SLOTS * SIZE),
-            clock=lambda: self.now,
-            private_ttl_s=20,
-            quarantine_s=30,
-            first_id=first_id,
-            host_num_bytes=NUM_HOST * SIZE,
-            disk_num_bytes=NUM_FILES * file_num_bytes(SIZE),
-        )
 
     @rule(data=st.data())
     def do(self, data: st.DataObject) -> None:
@@ -71,14 +43,18 @@ class TierMachine(RuleBasedStateMachine):
         steps += ["begin_promotion"] * 3 * bool(self.known())
         steps += ["end_promotion"] * 3 * bool(self.reads)
         steps += ["settle"] * bool(self.arrived) + ["release"] * bool(self.leases)
-        steps += ["pass_time"] + ["flip"] * bool(self.slots) + ["restart"] * (len(self.files) > 2)
+        steps += ["pin"] + ["unpin"] * 2 * bool(self.pinned)
+        steps += ["pass_time"] + ["flip"] * bool(self.slots)
+        steps += ["restart"] * 2 * (len(self.files) > 1)
         getattr(self, data.draw(st.sampled_from(steps)))(data.draw)
 
     def write(self, draw: Draw) -> None:
         """Reserves, writes, and seals (s), acknowledges (a) or does neither (x)."""
         keys, ttl_s, fate = draw(KEYS), draw(TTLS), draw(st.sampled_from("ssssssssssax"))
         is_private = draw(st.sampled_from([False, False, True]))
-        answers = self.index.reserve("w", keys, SIZE, ttl_s=ttl_s, is_private=is_private)
+        answers = self.index.reserve(
+            "w", keys, SIZE, ttl_s=ttl_s, is_private=is_private, tenant=draw(TENANTS)
+        )
         ids: list[int] = []
         for key, answer in zip(keys, answers, strict=True):
             if answer.outcome is ReserveOutcome.RESERVED:
@@ -108,6 +84,7 @@ class TierMachine(RuleBasedStateMachine):
     def report(self, bad: list[bytes]) -> None:
         """A reader has found wrong bytes: no tier has them any more."""
         self.index.drop_corrupt(bad)
+        self.lose_pins(bad)
         self.note("reported")
         assert not self.index.lookup("r", bad[:1], SIZE, ttl_s=1).lease_id
         for tier in self.index.lower.all:
@@ -125,6 +102,22 @@ class TierMachine(RuleBasedStateMachine):
         lent = self.leases.pop(lease_id)
         if self.index.release("r", lease_id) is LeaseOutcome.HELD:
             assert all(self.slots[offset] == key for offset, key in lent.items())
+
+    def pin(self, draw: Draw) -> None:
+        keys = [*draw(KEYS), *sorted(self.files)[:1]]
+        num_pinned, pin_id = self.index.pin("p", keys, ttl_s=1000.0)
+        if num_pinned:
+            self.pinned[pin_id] = set(keys[:num_pinned])
+            below = self.pinned[pin_id] - sealed_keys(self.index)
+            self.note("pinned")
+            for name, keys_there in (("disk", set(self.files)), ("dram", self.in_host())):
+                if below & keys_there:
+                    self.note(f"pinned in {name}")
+
+    def unpin(self, draw: Draw) -> None:
+        pin_id = draw(st.sampled_from(sorted(self.pinned)))
+        del self.pinned[pin_id]
+        assert self.index.unpin("p", pin_id)
 
     def begin_demotion(self, draw: Draw) -> None:
         move = draw(st.sampled_from(self.index.lower.all)).next_demotion()
@@ -182,6 +175,8 @@ class TierMachine(RuleBasedStateMachine):
             self.slots[move.offset] = self.copy_of(move)
             self.arrived.append(move)
         self.index.lower.promoted(move, outcome)
+        if outcome is Promoted.UNUSABLE:
+            self.lose_pins([move.header.key])
 
     def settle(self, draw: Draw) -> None:
         move = self.arrived.pop()
@@ -200,10 +195,13 @@ class TierMachine(RuleBasedStateMachine):
             getattr(self.index, how)(keys)
             if how == "drop_corrupt":
                 assert not self.index.lookup("r", keys[:1], SIZE, ttl_s=1).lease_id
+                self.lose_pins(keys)
 
     def pass_time(self, draw: Draw) -> None:
         self.now += draw(st.sampled_from([0.5, 2.0, 10.0, 40.0]))
         self.index.expire()
+        if not self.index.counts().num_pins:
+            self.pinned.clear()
         self.leases.clear()  # some have expired; none is asked about any more
 
     def restart(self, draw: Draw) -> None:
@@ -213,8 +211,10 @@ class TierMachine(RuleBasedStateMachine):
         self.index = self.fresh_index(first_id=1000)
         keys = self.files
         self.index.lower.load([Header(key=k, num_bytes=SIZE, digest=k[0]) for k in keys])
-        self.slots, self.host, self.leases = {}, {}, {}
+        self.slots, self.host, self.leases, self.pinned = {}, {}, {}, {}
         self.writes, self.reads, self.arrived = [], [], []
+        self.num_lives += 1
+        self.follower.begin(self.index, str(self.num_lives))
         assert self.index.counts().num_on_disk == len(self.files)
 
     @invariant()
@@ -225,33 +225,9 @@ class TierMachine(RuleBasedStateMachine):
         assert counts.num_on_disk == len(self.files) <= NUM_FILES
         assert counts.num_in_host <= NUM_HOST
         assert counts.num_promoting == len(self.reads)
-
-    @property
-    def disk(self) -> LowerTier:
-        assert self.index.lower.disk is not None
-        return self.index.lower.disk
-
-    def known(self) -> list[bytes]:
-        """Keys that may lie below."""
-        return sorted({*self.files, *self.host.values()} - {FLIPPED, b"half written"})
-
-    def copy_of(self, move: Move) -> bytes:
-        """What a tier has for a move."""
-        if move.tier is self.disk:
-            return self.files[move.header.key]
-        return self.host[move.copy_offset]
-
-    def moves(self) -> list[Move]:
-        return [*self.writes, *self.reads, *self.arrived]
-
-    def remove_files(self) -> None:
-        for key in self.disk.take_removed():
-            del self.files[key]
-            self.note("removed")
-
-    def note(self, what: str) -> None:
-        if self.reached is not None:
-            self.reached[what] += 1
+        there = sealed_keys(self.index) | set(self.files) | self.in_host()
+        assert self.follower.catch_up() == there, "a watcher knows other keys"
+        assert set().union(*self.pinned.values()) <= there, "a pinned block was evicted"
 
 
 TestTierMachine = TierMachine.TestCase
@@ -286,4 +262,6 @@ def test_the_machine_reaches_what_it_is_about() -> None:
         "restarted with files",
         "evicted to disk",
         "dropped while it was copied",
+        "pinned in disk",
+        "pinned in dram",
     }, reached
