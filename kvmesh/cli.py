@@ -74,10 +74,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--store-bytes", help="KV memory of each kvstore; default: 256MiB on cpu, 4GiB on cuda"
     )
-    size.add_argument(
-        "--store-disk", type=Path, metavar="DIR", help="where kvstores keep blocks beyond that"
-    )
-    size.add_argument("--store-disk-bytes", default="1GiB", help="most bytes of each in DIR")
+    _add_tiers(size)
     workers = parser.add_argument_group("workers")
     for flag, text in (
         ("--block-tokens", "tokens per block, 8 to 256"),
@@ -131,6 +128,19 @@ def _add_model(model: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_tiers(size: argparse._ArgumentGroup) -> None:
+    """Where kvstores keep what their memory has no room for."""
+    size.add_argument(
+        "--store-host",
+        metavar="SIZE",
+        help="with --device cuda: pinned host memory of each kvstore, for blocks beyond that",
+    )
+    size.add_argument(
+        "--store-disk", type=Path, metavar="DIR", help="where kvstores keep blocks beyond memory"
+    )
+    size.add_argument("--store-disk-bytes", default="1GiB", help="most bytes of each in DIR")
+
+
 def mesh_options(args: argparse.Namespace) -> MeshOptions:
     """The options of `kvmesh up` out of its parsed flags."""
     return MeshOptions(
@@ -148,6 +158,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         load_format=args.load_format,
         kv_bytes=args.kv_bytes,
         store_bytes=args.store_bytes,
+        store_host=args.store_host,
         store_disk=args.store_disk and args.store_disk.expanduser().resolve(),
         store_disk_bytes=args.store_disk_bytes,
         block_tokens=args.block_tokens,

@@ -34,7 +34,7 @@ class MeshOptions:
     """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
 
     kv_bytes, block_tokens, max_batch and chunk_tokens None are the workers' own defaults;
-    store_bytes None is STORE_BYTES of the device, store_disk None is no disk.
+    store_bytes None is STORE_BYTES of the device; store_host and store_disk None are no such tier.
     """
 
     model: Path
@@ -51,6 +51,7 @@ class MeshOptions:
     load_format: str = "auto"
     kv_bytes: str | None = None
     store_bytes: str | None = None
+    store_host: str | None = None
     store_disk: Path | None = None
     store_disk_bytes: str = "1GiB"
     block_tokens: int | None = None
@@ -87,6 +88,7 @@ def check_options(options: MeshOptions) -> None:
             words = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
             raise PlanError(f"{flag} {value}: give {words}")
     _check_memory(options)
+    _check_host(options)
     _check_disk(options)
 
 
@@ -133,14 +135,29 @@ def _check_memory(options: MeshOptions) -> None:
         raise PlanError(f"{words} = {asked} bytes; this machine has {limit} bytes of memory")
 
 
+def _check_host(options: MeshOptions) -> None:
+    """Host memory is another place than the stores' own, and this machine has it."""
+    if options.store_host is None:
+        return
+    num_bytes, limit = _num_bytes("--store-host", options.store_host), memory_num_bytes()
+    words = f"--store-host {options.store_host}"
+    if options.device != "cuda":
+        raise PlanError(
+            f"{words}: needs --device cuda; on {options.device} stores are in host memory anyway "
+            "(--store-bytes)"
+        )
+    asked = num_bytes * options.num_kvstore
+    if asked > limit:
+        words += f" x {options.num_kvstore} (kvstores)"
+        raise PlanError(f"{words} = {asked} bytes; this machine has {limit} bytes of memory")
+
+
 def _check_disk(options: MeshOptions) -> None:
     """The stores can have a directory each below the one that is given."""
     _num_bytes("--store-disk-bytes", options.store_disk_bytes)
     directory = options.store_disk
     if directory is None:
         return
-    if options.device != "cpu":
-        raise PlanError(f"--store-disk {directory}: needs --device cpu, not {options.device}")
     if directory.exists() and not directory.is_dir():
         raise PlanError(f"--store-disk {directory}: not a directory")
 

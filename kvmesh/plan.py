@@ -94,6 +94,7 @@ def _store(options: MeshOptions, addresses: list[str], index: int) -> ServiceSpe
         flags=(
             *_shared_flags(options, LOOPBACK, port_of(address)),
             *("--device", options.device, "--kv-bytes", options.store_size),
+            *(("--host-bytes", options.store_host) if options.store_host else ()),
             *_disk(options, index),
         ),
     )

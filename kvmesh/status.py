@@ -16,7 +16,7 @@ from protos import status_pb2, status_pb2_grpc
 TIMEOUT_S = 10.0
 HEADER = (
     "instance", "address", "state", "incarnation", "requests", "waiting",
-    "blocks", "sealed", "on disk", "leases", "tokens/s", "steps", "rss MiB", "up s",
+    "blocks", "sealed", "in host", "on disk", "leases", "tokens/s", "steps", "rss MiB", "up s",
 )  # fmt: skip
 
 
@@ -91,6 +91,7 @@ def _row(name: str, instance: status_pb2.InstanceStatus) -> tuple[str, ...]:
         str(counts.num_waiting),
         f"{counts.num_blocks_used}/{counts.num_blocks}",
         str(counts.num_blocks_sealed),
+        str(counts.num_blocks_in_host),
         str(counts.num_blocks_on_disk),
         str(counts.num_leases),
         f"{counts.tokens_per_s:.1f}",

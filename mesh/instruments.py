@@ -108,7 +108,7 @@ def declare(meter: Meter) -> Instruments:
             "kvmesh.kv.verify.failures", "{block}", "blocks not used {reason}"
         ),
         kv_tier_blocks=counter(
-            "kvmesh.kv.tier.blocks", "{block}", "copied between tiers {move}, or not: skipped"
+            "kvmesh.kv.tier.blocks", "{block}", "copied to or from {tier} {move}, or not: skipped"
         ),
         requests=counter("kvmesh.requests", "{request}", "requests by {state}"),
         requests_rejected=counter("kvmesh.requests.rejected", "{request}", "refused {reason}"),

@@ -18,8 +18,8 @@ from protos import kvstore_pb2
 
 Hold = Callable[[list[int], "asyncio.Future[None]"], None]
 _DIGEST_MASK = 2**64 - 1
-# A store may take this long to bring blocks from its disk, or to wait for them to be written; the
-# call itself needs the rest.
+# A store may take this long to bring blocks from lower tiers, or to wait for them to be written;
+# the call itself needs the rest.
 _MAX_WAIT_S = RPC_TIMEOUT_S / 2
 
 

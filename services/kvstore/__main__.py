@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
 
 from kv.nixl_transfer import NixlTransfer
 from mesh.logs import setup_logging
 from mesh.process import (
-    StartupError,
     announce_ready,
     new_incarnation,
     num_fds,
@@ -25,13 +23,11 @@ from mesh.settings import parse_settings
 from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
-from services.kvstore.arena import DramArena, SlotAllocator
-from services.kvstore.block import IndexCounts
+from services.kvstore.arena import SlotAllocator
 from services.kvstore.callers import CallerTable
-from services.kvstore.disk_files import DiskFiles
-from services.kvstore.hbm import HbmArena
 from services.kvstore.index import BlockIndex
 from services.kvstore.mover import Mover
+from services.kvstore.places import Places
 from services.kvstore.servicer import KvStoreServicer
 from services.kvstore.settings import KvStoreSettings
 
@@ -41,12 +37,13 @@ log = logging.getLogger("kvmesh.kvstore")
 
 
 class KvStore:
-    """The process: arena, slots, index, NIXL agent, server. `run` lives until stop is set."""
+    """The process: places, slots, index, NIXL agent, server. `run` lives until stop is set."""
 
     def __init__(self, settings: KvStoreSettings) -> None:
         self._settings = settings
         self._incarnation = new_incarnation()
-        self._arena = _open_arena(settings)
+        self._places = Places(settings)
+        self._arena = self._places.arena
         self._slots = SlotAllocator(self._arena.num_bytes)
         self._index = BlockIndex(
             self._slots,
@@ -54,6 +51,7 @@ class KvStore:
             private_ttl_s=settings.private_ttl_s,
             quarantine_s=settings.quarantine_s,
             first_id=1 + secrets.randbits(32),
+            host_num_bytes=settings.host_num_bytes,
             disk_num_bytes=settings.disk_num_bytes,
             tenant_num_bytes=settings.tenant_num_bytes,
             pinned_share=settings.max_pinned,
@@ -82,7 +80,7 @@ class KvStore:
             on_thread_start=self._arena.make_current,
             loop=asyncio.get_running_loop(),
         )
-        self._mover = await self._open_disk()
+        self._mover = await self._places.open_mover(self._index, self._telemetry)
         servicer = KvStoreServicer(
             index=self._index,
             callers=self._callers,
@@ -100,29 +98,11 @@ class KvStore:
                 await self._mover.close()
             transfer.close()
             self._telemetry.close()
-            self._arena.close()
+            self._places.close()
         sweep.cancel()
         await asyncio.wait([sweep])
         if not sweep.cancelled():
             sweep.result()
-
-    async def _open_disk(self) -> Mover | None:
-        """The disk tier, filled with what a former life left; StartupError names what is wrong."""
-        directory = self._settings.disk_dir
-        if directory is None:
-            return None
-        assert isinstance(self._arena, DramArena)  # the settings see to it
-        try:
-            mover = Mover(
-                index=self._index,
-                files=DiskFiles(directory),
-                memory=self._arena.memory,
-                telemetry=self._telemetry,
-            )
-            await mover.load()
-        except OSError as error:
-            raise StartupError(f"--disk-dir {directory}: {error}") from error
-        return mover
 
     async def _serve(self, servicer: KvStoreServicer, stop: asyncio.Event) -> None:
         settings = self._settings
@@ -156,8 +136,9 @@ class KvStore:
             is_busy = self._is_busy()
 
     def _is_busy(self) -> bool:
-        counts = self._index.counts()
-        return bool(counts.num_leases or counts.num_reserved or self._index.disk.num_pending)
+        counts, disk = self._index.counts(), self._index.lower.disk
+        num_pending = disk.num_pending if disk else 0
+        return bool(counts.num_leases or counts.num_reserved or num_pending)
 
     async def _sweep(self) -> None:
         """Expires what nobody asks about, so that counts and slots come back by themselves."""
@@ -176,13 +157,14 @@ class KvStore:
             address=self._address,
             incarnation=self._incarnation,
             ready=self._ready,
-            detail=f"{len(self._callers)} workers connected{self._disk_detail(counts)}",
+            detail=f"{len(self._callers)} workers connected{self._tiers_detail()}",
             counts=status_pb2.Counts(
                 num_blocks=self._slots.capacity,
                 num_blocks_used=counts.num_sealed + counts.num_reserved + counts.num_promoting,
                 num_blocks_sealed=counts.num_sealed,
                 num_blocks_quarantined=counts.num_quarantined + counts.num_dropped,
                 num_blocks_private=counts.num_private,
+                num_blocks_in_host=counts.num_in_host,
                 num_blocks_on_disk=counts.num_on_disk,
                 num_leases=counts.num_leases,
                 num_pins=counts.num_pins,
@@ -194,11 +176,14 @@ class KvStore:
             uptime_s=time.monotonic() - self._started_at,
         )
 
-    def _disk_detail(self, counts: IndexCounts) -> str:
-        if self._mover is None:
-            return ""
-        limit = self._index.disk.capacity_num_bytes
-        return f"; disk: {counts.disk_num_bytes} of {limit} bytes in {self._settings.disk_dir}"
+    def _tiers_detail(self) -> str:
+        lower = self._index.lower
+        places = ((lower.host, "pinned DRAM"), (lower.disk, str(self._settings.disk_dir)))
+        return "".join(
+            f"; {tier.name}: {tier.num_bytes} of {tier.capacity_num_bytes} bytes in {place}"
+            for tier, place in places
+            if tier is not None
+        )
 
     def _observe_blocks(self) -> list[tuple[int, dict[str, str]]]:
         counts = self._index.counts()
@@ -212,32 +197,9 @@ class KvStore:
         }
         tier = self._arena.tier
         numbers = [(value, {"state": state, "tier": tier}) for state, value in states.items()]
-        if self._settings.disk_dir is not None:
-            numbers.append((counts.num_on_disk, {"state": "sealed", "tier": "disk"}))
+        for lower in self._index.lower.all:
+            numbers.append((lower.num_blocks, {"state": "sealed", "tier": lower.name}))
         return numbers
-
-
-def _open_arena(settings: KvStoreSettings) -> DramArena | HbmArena:
-    """The arena; StartupError when this machine does not have the memory."""
-    try:
-        num_bytes = settings.arena_num_bytes
-        return HbmArena(num_bytes) if settings.device == "cuda" else _map_dram(num_bytes)
-    except MemoryError as error:
-        raise StartupError(f"--kv-bytes {settings.kv_bytes}: {error}") from error
-    except RuntimeError as error:
-        raise StartupError(f"--device {settings.device}: {error}") from error
-
-
-def _map_dram(num_bytes: int) -> DramArena:
-    """MemoryError with the machine's size when it does not fit."""
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        if num_bytes <= limit:
-            return DramArena(num_bytes)
-        reason = f"{num_bytes} bytes"
-    except MemoryError as error:
-        reason = str(error)
-    raise MemoryError(f"{reason}; this machine has {limit} bytes of memory")
 
 
 def main() -> None:

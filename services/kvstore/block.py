@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 class BlockState(enum.IntEnum):
     """What is in a block's slot: RESERVED or PROMOTING, then SEALED; DROPPED is the end."""
 
-    ABSENT = 0  # no slot: the block is on disk only, or others name it as their parent
+    ABSENT = 0  # no slot: the block is in lower tiers only, or others name it as their parent
     RESERVED = enum.auto()
-    PROMOTING = enum.auto()  # the store itself is writing it, from disk
+    PROMOTING = enum.auto()  # the store itself is writing it, from a lower tier
     SEALED = enum.auto()
     DROPPED = enum.auto()  # not in the index; the slot waits for the last hold
 
 
-class DiskState(enum.IntEnum):
-    """Whether a block has a copy on disk."""
+class CopyState(enum.IntEnum):
+    """Whether a block has a copy in a lower tier."""
 
     ABSENT = 0
     WRITING = enum.auto()
@@ -31,10 +31,14 @@ class DiskState(enum.IntEnum):
 
 
 class Place(enum.IntEnum):
-    """Where a block is that the store has: a sealed public one, or one with a copy on disk."""
+    """Where a block is that the store has, fastest first: a sealed public one, or one with a copy.
+
+    MEMORY is the arena, be it in DRAM or a GPU's; HOST the DRAM behind it.
+    """
 
     NONE = 0
     MEMORY = enum.auto()
+    HOST = enum.auto()  # there and not in the arena
     DISK = enum.auto()  # only there
 
 
@@ -96,7 +100,7 @@ class Leased:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexCounts:
-    """Numbers of things the index holds; those without `disk` in their name are in memory."""
+    """Numbers of things the index holds, in the arena where the name says no other place."""
 
     num_sealed: int
     num_reserved: int
@@ -107,5 +111,7 @@ class IndexCounts:
     num_pins: int
     pinned_num_bytes: int
     num_promoting: int
+    num_in_host: int
     num_on_disk: int
+    host_num_bytes: int
     disk_num_bytes: int

@@ -1,8 +1,8 @@
 """The blocks that the store knows by key: one row each, in columns.
 
-Owns the life of a row: it lasts while the block has a place, in memory or on disk, or a child that
-has one. Owns the order of use, which all tiers share, and what the store says of where a block
-is. Never decides that.
+Owns the life of a row: it lasts while the block has a place, in memory or in a lower tier, or a
+child that has one. Owns the order of use, which all tiers share, and what the store says of where a
+block is. Never decides that.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from services.kvstore.block import BlockState, DiskState, Place
+from services.kvstore.block import BlockState, CopyState, Place
 from services.kvstore.journal import NUM_CHANGES, Journal
 from services.kvstore.rows import NOBODY, Column, RowArray, Rows
 
@@ -28,7 +29,6 @@ class Blocks(Rows):
         self.num_pins = self.column(np.int32)
         self.tenant = self.column(np.int64)  # on whose behalf it was reserved
         self.state = self.column(np.uint8)  # BlockState
-        self.disk = self.column(np.uint8)  # DiskState
         self.is_private = self.column(np.bool_)
         self.num_holds = self.column(np.int32)  # leases and moves that need the slot's bytes
         self.parent = self.column(np.int32)  # row of the block before it in its chain, or NOBODY
@@ -39,6 +39,7 @@ class Blocks(Rows):
         self.reservation_id = self.column(np.int64)
         self.last_used = self.column(np.int64)
         self._children: list[Column] = []  # of each tier
+        self.lower: list[tuple[Place, Column]] = []  # CopyState in each lower tier, fastest first
         self._num_uses = 0
 
     def children(self) -> Column:
@@ -46,6 +47,23 @@ class Blocks(Rows):
         column = self.column(np.int32)
         self._children.append(column)
         return column
+
+    def copies(self, place: Place) -> Column:
+        """A column for the CopyState in one more tier, slower than all so far."""
+        column = self.column(np.uint8)
+        self.lower.append((place, column))
+        return column
+
+    def num_copies(self, row: int) -> int:
+        """In how many lower tiers a block has a whole copy."""
+        return sum(column.at[row] == CopyState.PRESENT for _, column in self.lower)
+
+    def nums_copies(self, rows: RowArray) -> NDArray[np.int64]:
+        """The same for many. [num_rows]"""
+        nums = np.zeros(len(rows), dtype=np.int64)
+        for _, column in self.lower:
+            nums += column.values.take(rows) == CopyState.PRESENT
+        return nums
 
     def open(self, key: bytes, parent: int) -> int:
         """The row for a block that has no place in memory; `parent` is remembered once, if at all.
@@ -61,13 +79,7 @@ class Blocks(Rows):
 
     def report(self, row: int) -> None:
         """Tells where a block is; whoever changes that says so before the row is let go."""
-        if self.state.at[row] == BlockState.SEALED and not self.is_private.at[row]:
-            place = Place.MEMORY
-        elif self.disk.at[row] == DiskState.PRESENT:
-            place = Place.DISK
-        else:
-            place = Place.NONE
-        before = self.place.at[row]
+        before, place = self.place.at[row], self._place_of(row)
         if place == before:
             return
         self.place.at[row] = place
@@ -76,9 +88,21 @@ class Blocks(Rows):
             self.on_gone(row)
 
     def has_place(self, row: int) -> bool:
-        """Whether a block is in memory or on disk, or on its way there."""
-        is_in_memory = self.state.at[row] != BlockState.ABSENT
-        return is_in_memory or self.disk.at[row] != DiskState.ABSENT
+        """Whether a block is in memory or in a lower tier, or on its way there."""
+        if self.state.at[row] != BlockState.ABSENT:
+            return True
+        for _, column in self.lower:  # noqa: SIM110 - a generator is what eviction would wait for
+            if column.at[row] != CopyState.ABSENT:
+                return True
+        return False
+
+    def _place_of(self, row: int) -> Place:
+        if self.state.at[row] == BlockState.SEALED and not self.is_private.at[row]:
+            return Place.MEMORY
+        for place, column in self.lower:
+            if column.at[row] == CopyState.PRESENT:
+                return place
+        return Place.NONE
 
     def is_parent(self, row: int) -> bool:
         """Whether a block with a place names it as its parent."""

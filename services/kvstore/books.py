@@ -1,4 +1,4 @@
-"""The audit of the block index.
+"""The audit of the block index, and its numbers.
 
 Owns the statement of what must always hold between its books; never changes them.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from services.kvstore.block import BlockState, DiskState, Place
+from services.kvstore.block import BlockState, CopyState, IndexCounts, Place
 from services.kvstore.blocks import Blocks
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.leases import Leases
@@ -17,6 +17,7 @@ from services.kvstore.memory import MemoryTier
 from services.kvstore.pins import Pins
 from services.kvstore.reservations import Reservations
 from services.kvstore.rows import RowArray
+from services.kvstore.tiers import LowerTiers
 
 
 def check_books(
@@ -60,6 +61,29 @@ def check_books(
     assert deadlines.live(Due.PRIVATE) == set(sealed_by)
 
 
+def count_books(
+    *, blocks: Blocks, lower: LowerTiers, reservations: Reservations, leases: Leases, pins: Pins
+) -> IndexCounts:
+    """How much is in the books."""
+    host, disk = lower.host, lower.disk
+    num_by_state = np.bincount(blocks.state.values, minlength=len(BlockState)).tolist()
+    return IndexCounts(
+        num_sealed=num_by_state[BlockState.SEALED],
+        num_reserved=num_by_state[BlockState.RESERVED],
+        num_private=int(np.count_nonzero(blocks.is_private.values)),
+        num_quarantined=len(reservations.quarantined),
+        num_dropped=num_by_state[BlockState.DROPPED],
+        num_leases=len(leases.live),
+        num_pins=len(pins.live),
+        pinned_num_bytes=pins.num_bytes,
+        num_promoting=num_by_state[BlockState.PROMOTING],
+        num_in_host=host.num_blocks if host else 0,
+        num_on_disk=disk.num_blocks if disk else 0,
+        host_num_bytes=host.num_bytes if host else 0,
+        disk_num_bytes=disk.num_bytes if disk else 0,
+    )
+
+
 def _check_holds(blocks: Blocks, holders: Iterable[RowArray]) -> None:
     num_holds = np.zeros_like(blocks.num_holds.values)
     for rows in holders:
@@ -76,6 +100,8 @@ def _check_places(blocks: Blocks) -> None:
     blocks.journal.check()
     is_public = ~blocks.is_private.values
     in_memory = (blocks.state.values == BlockState.SEALED) & is_public
-    on_disk = (blocks.disk.values == DiskState.PRESENT) & ~in_memory
-    assert ((blocks.place.values == Place.MEMORY) == in_memory).all(), "told wrong of memory"
-    assert ((blocks.place.values == Place.DISK) == on_disk).all(), "told wrong of the disk"
+    places = np.zeros_like(blocks.place.values)
+    for place, column in reversed(blocks.lower):
+        places[column.values == CopyState.PRESENT] = place
+    places[in_memory] = Place.MEMORY
+    assert (blocks.place.values == places).all(), "told wrong of where a block is"

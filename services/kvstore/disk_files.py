@@ -24,19 +24,12 @@ from pathlib import Path
 import numpy as np
 
 from kv.digest import block_digest
+from services.kvstore.copies import UnusableBlock
 from services.kvstore.disk_format import HEADER_NUM_BYTES, BadHeader, Header
 
 _NAME = re.compile(r"[0-9a-f]{64}\.kv", re.ASCII)
 _LOCK = "kvmesh.lock"
 _PAGE = HEADER_NUM_BYTES
-
-
-class UnusableBlock(Exception):
-    """A file does not hold the block that it should; `reason` is one of a few words."""
-
-    def __init__(self, path: Path, reason: str, detail: str) -> None:
-        super().__init__(f"{path}: {detail}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

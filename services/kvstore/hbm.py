@@ -1,13 +1,13 @@
 """The store's GPU memory: one plain device allocation, as DramArena is for DRAM.
 
-Owns the allocation and the process's CUDA context, through the driver alone: the store never
-imports torch. Never reads or writes the bytes.
+Owns the allocation and the process's CUDA context. Never reads or writes the bytes.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+
+from services.kvstore.cuda_driver import CudaDriver
 
 
 class HbmArena:
@@ -22,19 +22,18 @@ class HbmArena:
         if num_bytes <= 0:
             raise ValueError(f"arena of {num_bytes} bytes; at least 1 is needed")
         self.num_bytes, self.device_id = num_bytes, device_id
-        self._cuda = _driver()
-        self._call("cuInit", 0)
+        self.driver = CudaDriver()
         device, self._context = ctypes.c_int(), ctypes.c_void_p()
-        self._call("cuDeviceGet", ctypes.byref(device), device_id)
+        self.driver.call("cuDeviceGet", ctypes.byref(device), device_id)
         self._device = device
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self.driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         self.make_current()
         address = ctypes.c_uint64()
         try:
-            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+            self.driver.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
         except RuntimeError as error:
             free, total = self._memory()
-            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
             raise MemoryError(
                 f"arena of {num_bytes} bytes on GPU {device_id}, which has {free} bytes free of "
                 f"{total}: {error}"
@@ -43,31 +42,17 @@ class HbmArena:
 
     def make_current(self) -> None:
         """Lets the calling thread use the GPU; every thread that touches it must call this."""
-        self._call("cuCtxSetCurrent", self._context)
+        self.driver.call("cuCtxSetCurrent", self._context)
 
     def close(self) -> None:
         """Frees the memory; nobody may still move bytes."""
         if self.address:
             self.make_current()
-            self._call("cuMemFree_v2", ctypes.c_uint64(self.address))
-            self._call("cuDevicePrimaryCtxRelease_v2", self._device)
+            self.driver.call("cuMemFree_v2", ctypes.c_uint64(self.address))
+            self.driver.call("cuDevicePrimaryCtxRelease_v2", self._device)
             self.address = 0
 
     def _memory(self) -> tuple[int, int]:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        self.driver.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._cuda, name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(status, ctypes.byref(text))
-            raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
-
-
-def _driver() -> Any:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise RuntimeError(f"no CUDA driver: {error}") from error

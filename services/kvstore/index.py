@@ -1,7 +1,7 @@
 """The books of the store: which block is where, who may write it, who reads it, when that ends.
 
 Owns the deadlines of all promises and the order in which a block leaves its books; the books are
-reservations.py (writers), leases.py (readers), pins.py, memory.py and disk.py (places), journal.py
+reservations.py (writers), leases.py (readers), pins.py, memory.py and tiers.py (places), journal.py
 (what has changed). Pure: no I/O, no tasks; time comes from the injected clock. Runs on the event
 loop only. Nothing unsealed is handed to a reader; a slot has one owner at a time.
 """
@@ -11,20 +11,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import (
     BlockState,
-    DiskState,
     IndexCounts,
     Leased,
     LeaseOutcome,
     Reserved,
 )
 from services.kvstore.blocks import Blocks
-from services.kvstore.books import check_books
-from services.kvstore.disk import DiskTier
+from services.kvstore.books import check_books, count_books
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.feed import Feed
 from services.kvstore.journal import NUM_CHANGES
@@ -34,6 +30,7 @@ from services.kvstore.pins import Pins
 from services.kvstore.reservations import Reservations
 from services.kvstore.rows import NOBODY
 from services.kvstore.tenants import tenant_number
+from services.kvstore.tiers import LowerTiers
 
 DEFAULT_PINNED_SHARE = 0.5
 
@@ -42,8 +39,8 @@ class BlockIndex:
     """Blocks by key, with reservations and leases, over one slot allocator.
 
     Args: `clock` is monotonic, in seconds; `first_id` starts the ids, so that two lives of a store
-    need not share any; `private_ttl_s` counts from Seal; `disk_num_bytes` 0 is no disk,
-    `tenant_num_bytes` 0 no limit; `pinned_share` of the arena bounds what is pinned;
+    need not share any; `private_ttl_s` counts from Seal; 0 `host_num_bytes` or `disk_num_bytes` is
+    no such tier, 0 `tenant_num_bytes` no limit; `pinned_share` of the arena bounds what is pinned;
     `num_changes` is how many the journal remembers.
     """
 
@@ -55,6 +52,7 @@ class BlockIndex:
         private_ttl_s: float = 120.0,
         quarantine_s: float = 120.0,
         first_id: int = 1,
+        host_num_bytes: int = 0,
         disk_num_bytes: int = 0,
         tenant_num_bytes: int = 0,
         pinned_share: float = DEFAULT_PINNED_SHARE,
@@ -67,15 +65,17 @@ class BlockIndex:
         self._blocks = Blocks(num_changes)
         self.journal = self._blocks.journal
         self._memory = MemoryTier(self._blocks, slots, tenant_num_bytes)
-        self.disk = DiskTier(self._blocks, self._memory, disk_num_bytes)
+        self.lower = LowerTiers(
+            self._blocks, self._memory, host_num_bytes=host_num_bytes, disk_num_bytes=disk_num_bytes
+        )
         self._leases = Leases(self._blocks, self._memory)
-        tiers = (self._memory.leaves, self.disk.leaves)
+        tiers = (self._memory.leaves, *(tier.leaves for tier in self.lower.all))
         self._pins = Pins(self._blocks, tiers, int(pinned_share * slots.num_bytes))
         self._reservations = Reservations(
             blocks=self._blocks,
             slots=slots,
             memory=self._memory,
-            disk=self.disk,
+            lower=self.lower,
             deadlines=self._deadlines,
             ids=self._ids,
             quarantine_s=quarantine_s,
@@ -173,8 +173,14 @@ class BlockIndex:
         return Feed(self._blocks, from_sequence)
 
     def drop_corrupt(self, keys: Iterable[bytes]) -> int:
-        """Drops sealed blocks whose bytes a reader found wrong; returns how many."""
-        return self._drop_sealed(keys, only_private=False)
+        """Drops sealed blocks whose bytes a reader found wrong; returns how many.
+
+        Copies below go even where the block has left the arena meanwhile: they may be of those
+        bytes. One that is on its way back stays until its reader reports it.
+        """
+        keys = list(keys)
+        num_dropped = self._drop_sealed(keys, only_private=False)
+        return num_dropped + sum(map(self._forget_copies, keys))
 
     def discard(self, keys: Iterable[bytes]) -> int:
         """Drops private blocks that nobody will read; returns how many.
@@ -230,34 +236,26 @@ class BlockIndex:
 
     def counts(self) -> IndexCounts:
         """Present numbers, without expiring anything."""
-        blocks = self._blocks
-        num_by_state = np.bincount(blocks.state.values, minlength=len(BlockState)).tolist()
-        return IndexCounts(
-            num_sealed=num_by_state[BlockState.SEALED],
-            num_reserved=num_by_state[BlockState.RESERVED],
-            num_private=int(np.count_nonzero(blocks.is_private.values)),
-            num_quarantined=len(self._reservations.quarantined),
-            num_dropped=num_by_state[BlockState.DROPPED],
-            num_leases=len(self._leases.live),
-            num_pins=len(self._pins.live),
-            pinned_num_bytes=self._pins.num_bytes,
-            num_promoting=num_by_state[BlockState.PROMOTING],
-            num_on_disk=int(np.count_nonzero(blocks.disk.values == DiskState.PRESENT)),
-            disk_num_bytes=self.disk.num_bytes,
+        return count_books(
+            blocks=self._blocks,
+            lower=self.lower,
+            reservations=self._reservations,
+            leases=self._leases,
+            pins=self._pins,
         )
 
     def check(self) -> None:
         """Asserts that every slot has one owner and that all books agree."""
         self._slots.check()
         self._blocks.check()
-        self.disk.check()
+        self.lower.check()
         check_books(
             blocks=self._blocks,
             memory=self._memory,
             reservations=self._reservations,
             leases=self._leases,
             pins=self._pins,
-            moving=self.disk.held_rows(),
+            moving=self.lower.held_rows(),
             deadlines=self._deadlines,
             used_offsets=self._slots.used_offsets,
         )
@@ -265,7 +263,7 @@ class BlockIndex:
     def _drop(self, row: int) -> None:
         """Takes a sealed block out of every place and book."""
         self._deadlines.cancel(Due.PRIVATE, self._blocks.reservation_id.at[row])
-        self.disk.forget(row)
+        self.lower.forget(row)
         self._memory.drop(row)
 
     def _drop_sealed(self, keys: Iterable[bytes], *, only_private: bool) -> int:
@@ -278,6 +276,11 @@ class BlockIndex:
                 self._drop(row)
                 num_dropped += 1
         return num_dropped
+
+    def _forget_copies(self, key: bytes) -> bool:
+        row = self._blocks.row_of(key)
+        is_on_its_way = self._blocks.state.at[row] == BlockState.PROMOTING
+        return not is_on_its_way and self.lower.forget(row)
 
     def _end_lease(self, lease_id: int) -> None:
         self._deadlines.cancel(Due.LEASE, lease_id)

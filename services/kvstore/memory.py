@@ -1,7 +1,7 @@
 """Blocks in the arena: who has which slot, what holds it there, who goes when room is needed.
 
 Owns every slot of a block with a key, and of dropped blocks until the last hold ends. Never touches
-bytes, never knows what lies on disk.
+bytes, never knows what lies in lower tiers.
 """
 
 from __future__ import annotations

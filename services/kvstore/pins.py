@@ -40,7 +40,7 @@ class Pins:
         """The leading blocks of the keys that the store has, as many as may be pinned."""
         blocks, rows = self._blocks, self._blocks.find(keys)
         has_place = blocks.place.values.take(rows) != Place.NONE
-        # Who writes a block anew may yet replace what is on disk, and take it away as private.
+        # Who writes a block anew may yet replace its copies, and take it away as private.
         has_place &= blocks.state.values.take(rows) != BlockState.RESERVED
         has_place &= ~blocks.is_private.values.take(rows)
         rows = leading(rows, has_place)

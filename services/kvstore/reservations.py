@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import BlockState, DiskState, Reserved, ReserveOutcome
+from services.kvstore.block import BlockState, Reserved, ReserveOutcome
 from services.kvstore.blocks import Blocks, Names
-from services.kvstore.disk import DiskTier
 from services.kvstore.expiry import Deadlines, Due
 from services.kvstore.memory import MemoryTier
 from services.kvstore.rows import NOBODY, RowArray
+from services.kvstore.tiers import LowerTiers
 
 _ROW_BITS = 28  # of a reservation's id; the others count
 _ROW_MASK = 2**_ROW_BITS - 1
@@ -46,7 +46,7 @@ class Reservations:
         blocks: Blocks,
         slots: SlotAllocator,
         memory: MemoryTier,
-        disk: DiskTier,
+        lower: LowerTiers,
         deadlines: Deadlines,
         ids: Iterator[int],
         quarantine_s: float,
@@ -56,7 +56,7 @@ class Reservations:
         self._blocks = blocks
         self._slots = slots
         self._memory = memory
-        self._disk = disk
+        self._lower = lower
         self._deadlines = deadlines
         self._ids = ids
         self._quarantine_s = quarantine_s
@@ -88,7 +88,7 @@ class Reservations:
                 full = True
                 answers.append(_FULL)
             else:
-                self._disk.forget_other(row, num_bytes)
+                self._lower.forget_other(row, num_bytes)
                 row = self._blocks.open(key, parent)  # taking may have evicted either
                 self._blocks.is_private.at[row] = is_private
                 self._blocks.tenant.at[row] = tenant
@@ -110,7 +110,7 @@ class Reservations:
         del self.live[number]
         self._deadlines.cancel(Due.RESERVATION, number)
         blocks.state.at[row] = BlockState.SEALED
-        self._disk.on_sealed(row, digest)
+        self._lower.on_sealed(row, digest)
         blocks.digest.at[row], blocks.reservation_id.at[row] = digest, number
         blocks.owner.at[row] = self._owners.number(owner)
         blocks.touch(row)
@@ -137,11 +137,12 @@ class Reservations:
         return [n for n, c in claims.items() if c.owner == owner and c.attempt == attempt]
 
     def first_live(self, rows: RowArray) -> int:
-        """The reservation of the first row without sealed bytes, in memory or on disk; 0: none."""
+        """The reservation of the first row without bytes to read, in any tier; 0: none."""
         blocks = self._blocks
-        is_present = blocks.state.values.take(rows) == BlockState.SEALED
-        is_present |= blocks.state.values.take(rows) == BlockState.PROMOTING
-        is_present |= blocks.disk.values.take(rows) == DiskState.PRESENT
+        state = blocks.state.values.take(rows)
+        is_present = (state == BlockState.SEALED) | (state == BlockState.PROMOTING)
+        # While a block is written anew, nobody reads the copies that it may have below.
+        is_present |= (state == BlockState.ABSENT) & (blocks.nums_copies(rows) != 0)
         if is_present.all():
             return 0
         row = int(rows[np.argmin(is_present)])

@@ -1,7 +1,8 @@
 """KvStoreService: the wire's side of the block index.
 
 Owns validation and translation; every decision is the index's. Bytes never pass through here.
-Handlers run on the event loop; only Lookups (of blocks on disk or being written) and Watches wait.
+Handlers run on the event loop; only Lookups (of blocks in lower tiers or being written) and Watches
+wait.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Transfer(Protocol):
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """Handlers over one index and one arena, and over a disk if there is a mover."""
+    """Handlers over one index and one arena, and over lower tiers if there is a mover."""
 
     def __init__(
         self,

@@ -22,11 +22,16 @@ class KvStoreSettings(ServiceSettings):
         choices=("cpu", "cuda"),
     )
     kv_bytes: str = setting("256MiB", group="memory", help="memory for KV blocks, such as 2GiB")
+    host_bytes: str = setting(
+        "0",
+        group="memory",
+        help="with --device cuda: pinned DRAM for blocks that the GPU has no room for; 0 is none",
+    )
     disk_dir: Path | None = setting(
         None,
         group="memory",
-        help="directory of this store's own, for blocks that DRAM has no room for; it may hold "
-        "those of a former life",
+        help="directory of this store's own, for blocks that memory has no room for; it may "
+        "hold those of a former life",
     )
     disk_bytes: str = setting("1GiB", group="memory", help="most bytes in --disk-dir")
     max_pinned: float = setting(
@@ -58,13 +63,21 @@ class KvStoreSettings(ServiceSettings):
 
     def __post_init__(self) -> None:
         """ValueError for flags that do not go together."""
-        if self.disk_dir is not None and self.device != "cpu":
-            raise ValueError(f"--disk-dir {self.disk_dir}: needs --device cpu, not {self.device}")
+        if self.host_num_bytes and self.device != "cuda":
+            raise ValueError(
+                f"--host-bytes {self.host_bytes}: needs --device cuda; with --device {self.device} "
+                "blocks are in DRAM anyway (--kv-bytes)"
+            )
 
     @property
     def arena_num_bytes(self) -> int:
         """`kv_bytes` as a number; ValueError names the flag, the value and the limit."""
         return _num_bytes("--kv-bytes", self.kv_bytes)
+
+    @property
+    def host_num_bytes(self) -> int:
+        """`host_bytes` as a number, 0 for none; ValueError as above."""
+        return _num_bytes("--host-bytes", self.host_bytes, minimum=0)
 
     @property
     def disk_num_bytes(self) -> int:

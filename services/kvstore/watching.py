@@ -29,7 +29,11 @@ _CHANGES = {
     ChangeKind.EVICTED: kvstore_pb2.Change.KIND_EVICTED,
     ChangeKind.MOVED: kvstore_pb2.Change.KIND_MOVED,
 }
-_TIERS = {Place.MEMORY: kvstore_pb2.TIER_MEMORY, Place.DISK: kvstore_pb2.TIER_DISK}
+_TIERS = {
+    Place.MEMORY: kvstore_pb2.TIER_MEMORY,
+    Place.HOST: kvstore_pb2.TIER_HOST,
+    Place.DISK: kvstore_pb2.TIER_DISK,
+}
 
 
 class Watchers:

@@ -108,7 +108,9 @@ def test_a_taken_port_is_named(model: Path) -> None:
         ({"store_bytes": "9" * 400}, "--store-bytes: .999.*greatest size"),
         ({"store_disk_bytes": "much"}, "--store-disk-bytes.*much"),
         ({"store_disk": Path(__file__)}, "--store-disk .*test_plan.py: not a directory"),
-        ({"store_disk": Path("/x"), "device": "cuda"}, "--store-disk /x: needs --device cpu"),
+        ({"store_host": "1GiB"}, "--store-host 1GiB: needs --device cuda"),
+        ({"store_host": "much", "device": "cuda"}, "--store-host.*much"),
+        ({"store_host": "999TiB", "device": "cuda"}, "--store-host 999TiB x 1.*this machine has"),
         ({"port": 70000}, "--port 70000: ports are 1 to 65535"),
         ({"port": -1}, "--port -1"),
         ({"admin_port": 70000}, "--admin-port 70000: ports are 1 to 65535"),
@@ -194,6 +196,16 @@ def test_every_store_gets_a_directory_of_its_own(model: Path) -> None:
     ]
     assert all(flag(spec.flags, "--disk-bytes") == "1GiB" for spec in plan.kvstores)
     assert all("--disk-dir" not in spec.flags for spec in wide(model).kvstores)
+
+
+def test_stores_on_a_gpu_get_host_memory_and_a_disk(model: Path) -> None:
+    options = MeshOptions(
+        model=model, port=0, device="cuda", store_host="1MiB", store_disk=Path("/d")
+    )
+    (store,) = plan_mesh(options).kvstores
+    assert flag(store.flags, "--host-bytes") == "1MiB"
+    assert flag(store.flags, "--disk-dir") == "/d/kvstore-0"
+    assert all("--host-bytes" not in spec.flags for spec in wide(model).kvstores)
 
 
 def test_the_load_format_reaches_every_worker_and_no_other(model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import LeaseOutcome, Reserved
 from services.kvstore.index import BlockIndex
+from services.kvstore.lower_tier import LowerTier, Move
 
 SIZE = 4096
 
@@ -71,6 +72,23 @@ class Store:
         is_ended = self.index.unpin(owner, pin_id)
         self.index.check()
         return is_ended
+
+    @property
+    def disk(self) -> LowerTier:
+        assert self.index.lower.disk is not None
+        return self.index.lower.disk
+
+    def demote(self) -> None:
+        """Copies all that is queued to all lower tiers."""
+        for tier in self.index.lower.all:
+            while (move := tier.next_demotion()) is not None:
+                tier.demoted(move, is_written=True)
+                self.index.check()
+
+    def promote(self, keys: str) -> tuple[list[Move], list[int]]:
+        """Begins to read blocks back, from any tier."""
+        lower = self.index.lower
+        return lower.promote([key.encode() for key in keys], SIZE, lower.all)
 
     def sealed(self, keys: str) -> str:
         """Those of the keys that are sealed, without touching their order of use."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.index import BlockIndex
 
-SIZE, NUM_SLOTS, NUM_PARTS = 64, 3, 2
+SIZE, NUM_SLOTS, NUM_HOST, NUM_PARTS = 64, 3, 2, 2
 PRIVATE_TTL_S, QUARANTINE_S = 20.0, 30.0
 TENANT_NUM_BYTES, MAX_PINNED = 2 * SIZE, 0.4
 NUM_CHANGES = 4  # so few that watchers fall behind

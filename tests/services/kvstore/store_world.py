@@ -18,9 +18,12 @@ import numpy as np
 from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.block import LeaseOutcome, ReserveOutcome
 from services.kvstore.index import BlockIndex
+from services.kvstore.tiers import Promoted
+from tests.services.kvstore.store_below import Below, Copying
 from tests.services.kvstore.store_ledger import (
     MAX_PINNED,
     NUM_CHANGES,
+    NUM_HOST,
     NUM_PARTS,
     NUM_SLOTS,
     PRIVATE_TTL_S,
@@ -48,6 +51,7 @@ class Habits:
     verifies: bool = True  # readers use nothing whose digest differs
     waits: bool = True  # writers acknowledge when the WRITE is over
     finishes: bool = True  # writers seal when all parts have arrived
+    awaits: bool = True  # what is read back is given out when it has come
     pins: bool = False  # somebody pins, and a slow watcher follows: steps that hide other mutants
 
 
@@ -74,11 +78,13 @@ class World:
             private_ttl_s=PRIVATE_TTL_S,
             quarantine_s=self.habits.quarantine_s,
             first_id=1 + number * self.habits.ids_per_life,
+            host_num_bytes=NUM_HOST * SIZE,
             tenant_num_bytes=TENANT_NUM_BYTES,
             pinned_share=MAX_PINNED,
             num_changes=NUM_CHANGES,
         )
         self.life = Life(name=f"life-{number}", index=index, slots=slots, arena=arena)
+        self.below = Below(self.life)
         return self.life
 
     def reserve(
@@ -107,6 +113,7 @@ class World:
                     deadline=self.now + ttl_s,
                 )
                 self._grant(write)
+                self.writes.append(write)
                 fresh.append(write)
         return fresh
 
@@ -137,7 +144,8 @@ class World:
             return
         assert is_current, "an id of another life was sealed"
         assert is_live or write.state is State.SEALED, "a reservation that had ended was sealed"
-        assert write in self.life.granted, "a block was sealed in another's slot"
+        is_there = write in self.life.granted or self.below.has_returned(write)
+        assert is_there, "a block was sealed in another's slot"
         write.state = State.SEALED
 
     def acknowledge(self, write: Write) -> None:
@@ -215,8 +223,20 @@ class World:
                 write.deadline = min(write.deadline, self.now)
 
     def drop_corrupt(self, keys: Sequence[bytes]) -> None:
-        """Somebody found wrong bytes under these keys."""
+        """Somebody found wrong bytes under these keys; nothing may bring them back."""
         self.life.index.drop_corrupt(keys)
+        for key in keys:
+            self.below.check_gone(key)
+
+    def begin_promotion(self, keys: Sequence[bytes]) -> None:
+        """The store takes slots for blocks that DRAM has."""
+        for copying in self.below.begin_promotion(keys):
+            self._grant(copying.write)
+
+    def end_promotion(self, copying: Copying, outcome: Promoted) -> None:
+        """A block has come back, or not."""
+        self.below.end_promotion(copying, outcome, self.habits.awaits)
+        self.reached[f"{outcome.name} damaged" if copying.write.is_damaged else outcome.name] += 1
 
     def flip(self, write: Write) -> None:
         """A bit turns."""
@@ -250,6 +270,7 @@ class World:
     def quiesce(self) -> None:
         """Asserts that nothing is left when all has expired, but what eviction frees."""
         index = self.life.index
+        self.below.finish()
         for _ in range(2):  # reservations, then their quarantine
             self.now += AGES_S
             index.expire()
@@ -267,7 +288,6 @@ class World:
             self.life.granted.remove(other)
             self.reached["reused a slot"] += 1
         self.life.granted.append(write)
-        self.writes.append(write)
 
     def _damage(self, write: Write) -> None:
         """A writer that was given up for dead may hit whoever has its slot now."""

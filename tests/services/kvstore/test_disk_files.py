@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kv.digest import block_digest
-from services.kvstore.disk_files import DiskFiles, UnusableBlock
+from services.kvstore.copies import UnusableBlock
+from services.kvstore.disk_files import DiskFiles
 from services.kvstore.disk_format import HEADER_NUM_BYTES, BadHeader, Header
 
 PAGE = 4096

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from services.kvstore.block import Place
-from services.kvstore.disk import Promoted
 from services.kvstore.disk_format import file_num_bytes
 from services.kvstore.feed import ChangeKind, Feed, News, NewsKind
 from services.kvstore.journal import Journal
+from services.kvstore.tiers import Promoted
 from tests.services.kvstore.small_store import SIZE, Store
 from tests.services.kvstore.watched_world import Follower
 
@@ -47,19 +46,36 @@ def test_a_block_in_memory_and_on_disk_is_evicted_once() -> None:
     store = Store(disk_num_bytes=file_num_bytes(SIZE))
     feed = store.index.feed()
     store.put("a")
-    move = store.index.disk.next_demotion()
+    move = store.disk.next_demotion()
     assert move is not None
-    store.index.disk.demoted(move, is_written=True)
+    store.disk.demoted(move, is_written=True)
     assert told(feed) == [("SEALED", "MEMORY", b"a")]
     store.index.evict(1)
     assert told(feed) == [("MOVED", "DISK", b"a")]
     assert told(store.index.feed()) == [("SEALED", "DISK", b"a")]
-    ((move,), _) = store.index.disk.promote([b"a"], SIZE)
-    store.index.disk.promoted(move, Promoted.DONE)
-    store.index.disk.settle(move)
+    ((move,), _) = store.promote("a")
+    store.index.lower.promoted(move, Promoted.DONE)
+    store.index.lower.settle(move)
     assert told(feed) == [("MOVED", "MEMORY", b"a")]
     store.index.drop_corrupt([b"a"])
     assert told(feed) == [("EVICTED", "MEMORY", b"a")]
+
+
+def test_a_block_is_where_its_fastest_copy_is() -> None:
+    store = Store(host_num_bytes=SIZE, disk_num_bytes=2 * file_num_bytes(SIZE))
+    feed = store.index.feed()
+    store.put("a")
+    store.demote()
+    assert told(feed) == [("SEALED", "MEMORY", b"a")]
+    store.index.evict(1)
+    assert told(feed) == [("MOVED", "HOST", b"a")]
+    store.put("b")
+    store.demote()
+    assert told(feed) == [("SEALED", "MEMORY", b"b"), ("MOVED", "DISK", b"a")]
+    store.index.evict(1)
+    assert told(feed) == [("MOVED", "HOST", b"b")]
+    store.index.drop_corrupt([b"a", b"b"])
+    assert told(feed) == [("EVICTED", "DISK", b"a"), ("EVICTED", "HOST", b"b")], "once each"
 
 
 def test_a_dropped_block_is_gone_before_its_last_reader() -> None:
@@ -124,6 +140,6 @@ def test_the_journal_forgets_the_oldest_and_wakes_sleepers_once() -> None:
     assert (journal.first_sequence, journal.next_sequence, woken) == (2, 4, [2])
     keys, before, after = journal.read(2, 9)
     assert keys == [b"k" * 32] * 2
-    assert (before.tolist(), after.tolist()) == ([1, 2], [Place.DISK, Place.NONE])
+    assert (before.tolist(), after.tolist()) == ([1, 2], [2, 0])
     with pytest.raises(ValueError, match="0 changes"):
         Journal(0)

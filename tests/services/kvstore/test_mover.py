@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.kvstore import disk, mover
+from services.kvstore import lower_tier
+from services.kvstore.carrier import DISK_PACE
 from services.kvstore.disk_format import HEADER_NUM_BYTES
 from tests.services.kvstore.tiered_store import PATIENCE_S, TieredStore, keys_of
 
@@ -27,7 +28,7 @@ async def store(tmp_path: Path) -> AsyncIterator[TieredStore]:
 async def test_what_memory_has_no_room_for_comes_back_from_disk(store: TieredStore) -> None:
     for names in ("abcd", "efgh", "ijkl", "mnop"):
         store.put(names)
-        await store.until(lambda: not store.index.disk.num_pending)
+        await store.until(lambda: not store.num_pending)
     assert store.index.counts().num_sealed == 8 and store.index.counts().num_on_disk == 16
     for names in ("abcd", "efgh", "ijkl", "mnop"):
         assert await store.look_up(names) == names
@@ -35,14 +36,14 @@ async def test_what_memory_has_no_room_for_comes_back_from_disk(store: TieredSto
 
 
 async def test_a_chain_of_which_some_is_in_memory_is_completed(store: TieredStore) -> None:
-    await store.put_on_disk("abcdef")
+    await store.put_below("abcdef")
     assert await store.look_up("ab") == "ab"
     assert await store.look_up("abcdefz") == "abcdef"
     assert store.files.num_reads == 6
 
 
 async def test_a_cold_key_asks_no_disk(store: TieredStore) -> None:
-    await store.put_on_disk("a")
+    await store.put_below("a")
     assert await store.look_up("xa") == ""
     assert store.files.num_reads == 0
 
@@ -50,7 +51,7 @@ async def test_a_cold_key_asks_no_disk(store: TieredStore) -> None:
 async def test_a_restarted_store_has_what_was_on_disk(tmp_path: Path) -> None:
     first = await TieredStore.start(tmp_path)
     first.put("abcd")
-    await first.until(lambda: not first.index.disk.num_pending)
+    await first.until(lambda: not first.num_pending)
     await first.close()
     second = await TieredStore.start(tmp_path)
     assert second.index.counts().num_on_disk == 4
@@ -61,7 +62,7 @@ async def test_a_restarted_store_has_what_was_on_disk(tmp_path: Path) -> None:
 async def test_a_restart_with_less_room_keeps_what_was_used_last(tmp_path: Path) -> None:
     first = await TieredStore.start(tmp_path)
     for name in "abcd":
-        await first.put_on_disk(name)
+        await first.put_below(name)
     assert await first.look_up("a") == "a"
     await first.close()
     second = await TieredStore.start(tmp_path, num_files=2)
@@ -72,7 +73,7 @@ async def test_a_restart_with_less_room_keeps_what_was_used_last(tmp_path: Path)
 
 async def test_a_torn_file_is_dropped_at_start_and_counted(tmp_path: Path) -> None:
     first = await TieredStore.start(tmp_path)
-    await first.put_on_disk("ab")
+    await first.put_below("ab")
     path = first.path("b")
     await first.close()
     path.write_bytes(path.read_bytes()[:-1])
@@ -100,7 +101,7 @@ DAMAGES: list[tuple[str, Callable[[Path], object]]] = [
 async def test_a_damaged_block_ends_the_prefix_and_is_forgotten(
     store: TieredStore, reason: str, damage: Callable[[Path], object]
 ) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     damage(store.path("c"))
     assert await store.look_up("abcd") == "ab"
     assert store.counted(FAILURES) == {reason: 1}
@@ -111,12 +112,12 @@ async def test_a_damaged_block_ends_the_prefix_and_is_forgotten(
 
 
 async def test_a_lost_disk_costs_its_blocks_only(store: TieredStore) -> None:
-    await store.put_on_disk("ab")
+    await store.put_below("ab")
     shutil.rmtree(store.files.directory)
     assert await store.look_up("ab") == ""
     store.put("cd")
     assert await store.look_up("cd") == "cd"
-    await store.until(lambda: not store.index.disk.num_pending or store.counted(FAILURES))
+    await store.until(lambda: not store.num_pending or store.counted(FAILURES))
     assert store.counted(FAILURES)["disk_read"] == 2
 
 
@@ -131,7 +132,7 @@ async def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
     await store.until(lambda: store.counted(FAILURES) == {reason: 1})
     store.files.write_error = None
     store.put("b")
-    assert store.index.disk.num_pending == 1, "the disk was asked again at once"
+    assert store.num_pending == 1, "the disk was asked again at once"
     store.now += 6
     store.mover.wake()
     await store.until(lambda: store.on_disk("ab") == "b")
@@ -141,37 +142,37 @@ async def test_a_disk_that_takes_nothing_is_left_alone_for_a_while(
 async def test_what_the_queue_has_no_room_for_is_lost_when_evicted(
     store: TieredStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk, "MAX_QUEUED", 3)
-    await store.put_on_disk("abcde")
+    monkeypatch.setattr(lower_tier, "MAX_QUEUED", 3)
+    await store.put_below("abcde")
     assert await store.look_up("abcde") == "abc"
     assert store.counted(MOVES)["skipped"] == 2
 
 
 async def test_private_blocks_never_reach_the_disk(store: TieredStore) -> None:
     store.put("p", is_private=True)
-    await store.put_on_disk("a")
+    await store.put_below("a")
     assert store.on_disk("ap") == "a"
 
 
 async def test_the_disks_least_recently_used_go_when_it_is_full(tmp_path: Path) -> None:
     store = await TieredStore.start(tmp_path, num_slots=2, num_files=3)
     for name in "abc":
-        await store.put_on_disk(name)
+        await store.put_below(name)
     assert await store.look_up("a") == "a"
-    await store.put_on_disk("d")
+    await store.put_below("d")
     await store.until(lambda: store.on_disk("abcd") == "acd")
     await store.close()
 
 
 async def test_a_lookup_that_may_not_wait_gets_what_is_in_memory(store: TieredStore) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     assert await store.look_up("a") == "a"
     assert await store.look_up("abcd", max_wait_s=0) == "a"
     assert store.files.num_reads == 1
 
 
 async def test_a_slow_disk_shortens_the_prefix_and_is_caught_up_with(store: TieredStore) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     assert await store.look_up("a") == "a"
     store.files.gate.clear()
     assert await store.look_up("abcd", max_wait_s=0.01) == "a"
@@ -182,7 +183,7 @@ async def test_a_slow_disk_shortens_the_prefix_and_is_caught_up_with(store: Tier
 
 
 async def test_lookups_of_the_same_blocks_share_one_read(store: TieredStore) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     store.files.gate.clear()
     both = [asyncio.ensure_future(store.look_up(names)) for names in ("abcd", "abc")]
     await store.until(lambda: store.files.num_reads)
@@ -192,7 +193,7 @@ async def test_lookups_of_the_same_blocks_share_one_read(store: TieredStore) -> 
 
 
 async def test_who_joins_an_abandoned_read_gets_all_of_it(store: TieredStore) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     store.files.gate.clear()
     assert await store.look_up("abcd", max_wait_s=0.01) == ""
     second = asyncio.ensure_future(store.look_up("abcd"))
@@ -202,7 +203,7 @@ async def test_who_joins_an_abandoned_read_gets_all_of_it(store: TieredStore) ->
 
 
 async def test_a_cancelled_lookup_leaves_nothing_held(store: TieredStore) -> None:
-    await store.put_on_disk("abcd")
+    await store.put_below("abcd")
     store.files.gate.clear()
     lookup = asyncio.ensure_future(store.look_up("abcd"))
     await store.until(lambda: store.files.num_reads)
@@ -217,7 +218,7 @@ async def test_a_cancelled_lookup_leaves_nothing_held(store: TieredStore) -> Non
 
 
 async def test_promotions_take_half_of_the_memory_at_most(store: TieredStore) -> None:
-    await store.put_on_disk("abcdef")
+    await store.put_below("abcdef")
     store.files.gate.clear()
     lookup = asyncio.ensure_future(store.look_up("abcdef"))
     await store.until(lambda: store.files.num_reads)
@@ -228,7 +229,7 @@ async def test_promotions_take_half_of_the_memory_at_most(store: TieredStore) ->
 
 
 async def test_lookups_do_not_wait_for_a_disk_that_hangs(store: TieredStore) -> None:
-    await store.put_on_disk("ab")
+    await store.put_below("ab")
     store.files.gate.clear()
     assert await store.look_up("a", max_wait_s=0.01) == ""
     await store.until(lambda: store.files.num_reads)
@@ -248,13 +249,15 @@ async def test_a_corrupt_block_leaves_the_disk_too(store: TieredStore) -> None:
 
 async def test_closing_does_not_wait_for_what_is_queued(tmp_path: Path) -> None:
     store = await TieredStore.start(tmp_path, num_slots=32)
-    await store.put_on_disk("abcdefgh")
+    await store.put_below("abcdefgh")
     store.files.gate.clear()
     lookups = [asyncio.ensure_future(store.look_up(name)) for name in "abcdefgh"]
-    await store.until(lambda: store.files.num_reads == mover.NUM_READERS)
+    await store.until(lambda: store.files.num_reads == DISK_PACE.num_readers)
     assert store.index.counts().num_promoting == 8
     for lookup in lookups:
         lookup.cancel()
     await asyncio.gather(*lookups, return_exceptions=True)
-    assert store.index.counts().num_promoting == mover.NUM_READERS, "the queued were not given back"
+    assert store.index.counts().num_promoting == DISK_PACE.num_readers, (
+        "the queued were not given back"
+    )
     await store.close()

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from services.kvstore.disk import Promoted
 from services.kvstore.disk_format import DIGEST_UNIT, file_num_bytes
+from services.kvstore.tiers import Promoted
 from tests.services.kvstore.small_store import SIZE, Store, outcomes
 
 assert SIZE % DIGEST_UNIT == 0
-
-
-def demote(store: Store) -> None:
-    """Copies all that is queued to disk."""
-    while (move := store.index.disk.next_demotion()) is not None:
-        store.index.disk.demoted(move, is_written=True)
-        store.index.check()
 
 
 def test_a_pinned_block_is_not_evicted() -> None:
@@ -97,18 +90,18 @@ def test_a_corrupt_block_goes_though_it_is_pinned() -> None:
 def test_a_block_that_is_only_on_disk_stays_there(is_promoted: bool) -> None:
     store = Store(num_slots=4, disk_num_bytes=2 * file_num_bytes(SIZE))
     store.put("a")
-    demote(store)
+    store.demote()
     store.index.evict(1)
     assert store.pin("a")[0] == 1
     if is_promoted:
-        ((move,), _) = store.index.disk.promote([b"a"], SIZE)
-        store.index.disk.promoted(move, Promoted.DONE)
-        store.index.disk.settle(move)
+        ((move,), _) = store.promote("a")
+        store.index.lower.promoted(move, Promoted.DONE)
+        store.index.lower.settle(move)
         assert store.index.evict(1) == 0, "it is pinned in memory now"
     for key in "bcd":
         store.put(key)
-        demote(store)
-    removed = [key.rstrip(b"\0") for key in store.index.disk.take_removed()]
+        store.demote()
+    removed = [key.rstrip(b"\0") for key in store.disk.take_removed()]
     assert (b"a" in removed) is is_promoted, "its copy may go while it is in memory"
     assert store.pin("a")[0] == 1
 
@@ -116,7 +109,7 @@ def test_a_block_that_is_only_on_disk_stays_there(is_promoted: bool) -> None:
 def test_a_pinned_block_on_disk_is_not_written_anew() -> None:
     store = Store(num_slots=4, disk_num_bytes=2 * file_num_bytes(SIZE))
     store.put("a")
-    demote(store)
+    store.demote()
     store.index.evict(1)
     store.pin("a")
     assert outcomes(store.reserve("a")) == ["ALREADY_SEALED"]
@@ -125,11 +118,61 @@ def test_a_pinned_block_on_disk_is_not_written_anew() -> None:
 def test_a_pinned_block_that_the_disk_lost_is_forgotten() -> None:
     store = Store(num_slots=4, disk_num_bytes=2 * file_num_bytes(SIZE))
     store.put("a")
-    demote(store)
+    store.demote()
     store.index.evict(1)
     _, pin_id = store.pin("a")
-    ((move,), _) = store.index.disk.promote([b"a"], SIZE)
-    store.index.disk.promoted(move, Promoted.UNUSABLE)
+    ((move,), _) = store.promote("a")
+    store.index.lower.promoted(move, Promoted.UNUSABLE)
     store.index.check()
     assert store.index.counts().pinned_num_bytes == 0
     assert store.unpin(pin_id)
+
+
+def test_a_pinned_block_keeps_its_last_place_in_whichever_tier() -> None:
+    store = Store(num_slots=4, host_num_bytes=SIZE, disk_num_bytes=file_num_bytes(SIZE))
+    store.put("a")
+    store.demote()
+    store.index.evict(1)
+    _, pin_id = store.pin("a")
+    assert [tier.num_blocks for tier in store.index.lower.all] == [1, 1]
+    store.put("b")
+    store.demote()
+    counts = store.index.counts()
+    assert (counts.num_in_host, counts.num_on_disk) == (1, 1)
+    assert store.disk.take_removed() == [], "DRAM gave its copy away, so the disk keeps its own"
+    assert store.pin("a")[0] == 1
+    assert store.unpin(pin_id)
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_pinned_block_is_forgotten_with_its_last_copy_only(tier: str) -> None:
+    store = Store(num_slots=4, host_num_bytes=SIZE, disk_num_bytes=file_num_bytes(SIZE))
+    store.put("a")
+    store.demote()
+    store.index.evict(1)
+    store.pin("a")
+    source = getattr(store.index.lower, tier)
+    ((move,), _) = store.index.lower.promote([b"a"], SIZE, [source])
+    store.index.lower.promoted(move, Promoted.UNUSABLE)
+    store.index.check()
+    assert store.index.counts().pinned_num_bytes == SIZE
+    ((move,), _) = store.promote("a")
+    assert move.tier is not source
+    store.index.lower.promoted(move, Promoted.UNUSABLE)
+    store.index.check()
+    assert store.index.counts().pinned_num_bytes == 0
+
+
+def test_a_block_that_waits_in_dram_alone_is_pinned_there() -> None:
+    store = Store(num_slots=4, host_num_bytes=SIZE)
+    store.put("a")
+    store.demote()
+    store.index.evict(1)
+    store.pin("a")
+    store.put("b")
+    store.demote()
+    assert store.index.counts().num_in_host == 1 and store.pin("a")[0] == 1
+    store.index.disconnect("p")
+    store.put("c")
+    store.demote()
+    assert store.pin("a") == (0, 0), "nothing keeps it any more"

@@ -56,8 +56,12 @@ def test_a_disk_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert f"--disk-dir {path}: " in refusal("1MiB", "--disk-dir", str(path))
     bad = refusal("1MiB", "--disk-dir", str(tmp_path), "--disk-bytes", "much")
     assert "--disk-bytes: 'much'" in bad and "Traceback" not in bad
-    other = refusal("1MiB", "--disk-dir", str(tmp_path), "--device", "cuda")
-    assert "needs --device cpu" in other
+
+
+def test_host_memory_beside_dram_is_refused() -> None:
+    errors = refusal("1MiB", "--host-bytes", "1MiB")
+    assert "--host-bytes 1MiB: needs --device cuda" in errors and "Traceback" not in errors
+    assert "--host-bytes: 'much'" in refusal("1MiB", "--host-bytes", "much")
 
 
 def test_a_directory_in_use_is_named(tmp_path: Path) -> None:

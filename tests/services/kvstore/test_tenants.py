@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.kvstore.disk import Promoted
 from services.kvstore.disk_format import file_num_bytes
 from services.kvstore.eviction import TenantLeaves
 from services.kvstore.tenants import SHARED, tenant_number
+from services.kvstore.tiers import Promoted
 from tests.services.kvstore.small_store import SIZE, Store, outcomes
 
 
@@ -75,14 +75,14 @@ def test_a_dropped_block_counts_until_its_last_reader_has_gone() -> None:
 def test_a_block_that_comes_back_from_disk_counts_again() -> None:
     store = Store(num_slots=8, tenant_num_bytes=SIZE, disk_num_bytes=8 * file_num_bytes(SIZE))
     store.put("a", tenant="t")
-    move = store.index.disk.next_demotion()
+    move = store.disk.next_demotion()
     assert move is not None
-    store.index.disk.demoted(move, is_written=True)
+    store.disk.demoted(move, is_written=True)
     store.put("b", tenant="t")
     assert store.sealed("ab") == "b"
-    ((move,), _) = store.index.disk.promote([b"a"], SIZE)
-    store.index.disk.promoted(move, Promoted.DONE)
-    store.index.disk.settle(move)
+    ((move,), _) = store.promote("a")
+    store.index.lower.promoted(move, Promoted.DONE)
+    store.index.lower.settle(move)
     store.index.check()
     assert store.sealed("ab") == "a"
 

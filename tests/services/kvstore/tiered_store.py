@@ -1,4 +1,7 @@
-"""A store of few slots with a real directory: index, arena, files and mover, without the wire."""
+"""A store of few slots with a real directory: index, arena, files and mover, without the wire.
+
+With host slots its arena stands for a GPU's memory: everything goes by copies of bytes then.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,14 @@ from kv.digest import block_digest
 from mesh.telemetry import Telemetry
 from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.block import Leased, LeaseOutcome
+from services.kvstore.disk_copies import BounceWindow, DirectWindow
 from services.kvstore.disk_files import DiskFiles
 from services.kvstore.disk_format import Header, file_num_bytes
+from services.kvstore.host_copies import HostCopies
 from services.kvstore.index import BlockIndex
+from services.kvstore.lower_tier import LowerTier
 from services.kvstore.mover import Mover
+from tests.services.kvstore.plain_engine import PlainEngine
 
 SIZE = 8192
 PATIENCE_S = 20.0
@@ -50,33 +57,51 @@ class GatedFiles(DiskFiles):
 class TieredStore:
     """Build in a running loop with `start`; `close` checks the books."""
 
-    def __init__(self, directory: Path, num_slots: int, num_files: int) -> None:
+    def __init__(self, directory: Path, num_slots: int, num_files: int, num_host: int) -> None:
         self.now = 0.0
         self.arena = DramArena(num_slots * SIZE)
         self.index = BlockIndex(
             SlotAllocator(num_slots * SIZE),
             clock=lambda: self.now,
+            host_num_bytes=num_host * SIZE,
             disk_num_bytes=num_files * file_num_bytes(SIZE),
         )
         self.files = GatedFiles(directory)
+        self.engine = PlainEngine(self.arena)
+        self.host = DramArena(num_host * SIZE) if num_host else None
         self.reader = InMemoryMetricReader()
         meters = MeterProvider([self.reader], shutdown_on_exit=False)
         self.mover = Mover(
             index=self.index,
-            files=self.files,
-            memory=self.arena.memory,
+            arena_num_bytes=self.arena.num_bytes,
             telemetry=Telemetry(trace.NoOpTracer(), meters.get_meter("test")),
             clock=lambda: self.now,
         )
 
     @classmethod
-    async def start(cls, directory: Path, num_slots: int = 8, num_files: int = 64) -> TieredStore:
-        store = cls(directory, num_slots, num_files)
-        await store.mover.load()
+    async def start(
+        cls, directory: Path, num_slots: int = 8, num_files: int = 64, num_host: int = 0
+    ) -> TieredStore:
+        store = cls(directory, num_slots, num_files, num_host)
+        window = DirectWindow(store.arena.memory)
+        if store.host is not None:
+            store.mover.add_host(HostCopies(store.engine, store.host.address))
+            window = BounceWindow(store.engine)
+        await store.mover.load_disk(store.files, window)
         return store
+
+    @property
+    def disk(self) -> LowerTier:
+        assert self.index.lower.disk is not None
+        return self.index.lower.disk
+
+    @property
+    def num_pending(self) -> int:
+        return sum(tier.num_pending for tier in self.index.lower.all)
 
     async def close(self) -> None:
         self.files.gate.set()
+        self.engine.gate.set()
         await self.mover.close()
         await asyncio.sleep(0)  # what the threads told last
         self.index.check()
@@ -93,10 +118,10 @@ class TieredStore:
         assert all(self.index.seal("w", ids, digests))
         self.mover.wake()
 
-    async def put_on_disk(self, names: str) -> None:
-        """Puts blocks and takes them out of memory when they are on disk."""
+    async def put_below(self, names: str) -> None:
+        """Puts blocks and takes them out of memory when they are in all other tiers."""
         self.put(names)
-        await self.until(lambda: not self.index.disk.num_pending)
+        await self.until(lambda: not self.num_pending)
         assert self.index.evict(len(names)) == len(names)
 
     async def look_up(self, names: str, max_wait_s: float = PATIENCE_S) -> str:
@@ -128,14 +153,17 @@ class TieredStore:
             assert time.monotonic() < deadline, "never happened"
             await asyncio.sleep(0.001)
 
-    def counted(self, name: str) -> dict[str, int]:
-        """A counter's values by its one attribute."""
+    def counted(self, name: str, tier: str = "disk") -> dict[str, int]:
+        """A counter's values by its attribute that is not the tier."""
         totals: dict[str, int] = {}
         data = self.reader.get_metrics_data()
         for resource in data.resource_metrics if data else ():
             for metric in (m for scope in resource.scope_metrics for m in scope.metrics):
                 for point in metric.data.data_points if metric.name == name else ():
-                    (label,) = (point.attributes or {}).values()
+                    attributes = dict(point.attributes or {})
+                    if attributes.pop("tier", tier) != tier:
+                        continue
+                    (label,) = attributes.values()
                     totals[str(label)] = getattr(point, "value", 0)
         return {label: total for label, total in totals.items() if total}
 

@@ -13,7 +13,10 @@ from mesh.kvstore_watch import KnownKeys
 from services.kvstore.block import BlockState
 from services.kvstore.feed import Feed, NewsKind
 from services.kvstore.index import BlockIndex
+from services.kvstore.lower_tier import LowerTier
+from services.kvstore.tiers import Promoted
 from services.kvstore.watching import to_wire
+from tests.services.kvstore.store_below import Copying
 from tests.services.kvstore.store_ledger import MAX_PINNED, TENANT_NUM_BYTES, Life
 from tests.services.kvstore.store_world import Habits, World
 
@@ -73,6 +76,17 @@ def sealed_keys(index: BlockIndex) -> set[bytes]:
     }
 
 
+def copied_keys(index: BlockIndex, tier: LowerTier) -> set[bytes]:
+    """Blocks with a whole copy in a lower tier, the same way."""
+    blocks = index._blocks
+    return {blocks.name_of(r).rstrip(b"\0") for r in blocks.named().tolist() if tier.has(r)}
+
+
+def known_keys(index: BlockIndex) -> set[bytes]:
+    """What watchers are to know: blocks with any place."""
+    return sealed_keys(index).union(*(copied_keys(index, tier) for tier in index.lower.all))
+
+
 class WatchedWorld(World):
     """Pins by id, and two watchers: one that takes every message, and one that is slow."""
 
@@ -96,7 +110,7 @@ class WatchedWorld(World):
         assert bool(num_pinned) is bool(pin_id)
         if not num_pinned:
             return
-        assert set(keys[:num_pinned]) <= sealed_keys(index), "what is not there was pinned"
+        assert set(keys[:num_pinned]) <= known_keys(index), "what is not there was pinned"
         offsets = {key: self._offset_of(key) for key in keys[:num_pinned]}
         self.pinned.append(
             Pinned(owner=owner, pin_id=pin_id, deadline=self.now + ttl_s, offsets=offsets)
@@ -119,6 +133,13 @@ class WatchedWorld(World):
             for key in keys:
                 self.reached["dropped a pinned block"] += pinned.offsets.pop(key, None) is not None
 
+    def end_promotion(self, copying: Copying, outcome: Promoted) -> None:
+        """What the tier does not have after all is not pinned any more."""
+        super().end_promotion(copying, outcome)
+        if outcome is Promoted.UNUSABLE:
+            for pinned in self.pinned:
+                pinned.offsets.pop(copying.write.key, None)
+
     def end_owner(self, owner: str, is_known: bool) -> None:
         """Its pins end too if it is known to be gone, else by their deadline."""
         super().end_owner(owner, is_known)
@@ -131,11 +152,13 @@ class WatchedWorld(World):
     def check(self) -> None:
         """Asserts also that pins hold, that tenants keep to their quota, that watchers know all."""
         super().check()
+        index, blocks = self.life.index, self.life.index._blocks
+        known = known_keys(index)
         for pinned in self.pinned:
             if self.now < pinned.deadline:
                 for key, offset in pinned.offsets.items():
-                    assert self._offset_of(key) == offset, "a pinned block was evicted"
-        index, blocks = self.life.index, self.life.index._blocks
+                    is_there = key in known if offset < 0 else self._offset_of(key) == offset
+                    assert is_there, "a pinned block was evicted"
         num_bytes: dict[int, int] = {}
         for row in blocks.named().tolist():
             if blocks.state.at[row]:
@@ -143,20 +166,20 @@ class WatchedWorld(World):
                 num_bytes[tenant] = num_bytes.get(tenant, 0) + blocks.num_bytes.at[row]
         assert max(num_bytes.values(), default=0) <= TENANT_NUM_BYTES, "a tenant is over its quota"
         assert index.counts().pinned_num_bytes <= MAX_PINNED * self.life.slots.num_bytes
-        assert self.prompt.catch_up() == sealed_keys(index), "a watcher knows other keys"
+        assert self.prompt.catch_up() == known, "a watcher knows other keys"
 
     def quiesce(self) -> None:
         """Asserts also that no pin is left, and that the slow watcher can catch up."""
         super().quiesce()
         assert not self.life.index.counts().num_pins
-        assert self.slow.catch_up() == set()
+        assert self.slow.catch_up() == known_keys(self.life.index)
         kinds = self.slow.kinds
         pairs = itertools.pairwise(kinds)
         self.reached["fell behind in a snapshot"] += (NewsKind.SNAPSHOT, NewsKind.RESET) in pairs
         self.reached["followed"] += NewsKind.CHANGES in kinds
 
     def _offset_of(self, key: bytes) -> int:
-        """Where a sealed block is; -1: it is not."""
+        """Where a sealed block is; -1: it is in a lower tier only, or nowhere."""
         blocks = self.life.index._blocks
         row = blocks.row_of(key)
         return blocks.offset.at[row] if blocks.state.at[row] == BlockState.SEALED else -1
