@@ -62,7 +62,7 @@ class Bench:
             host_num_bytes=host_num_bytes,
             disk_num_bytes=disk_num_bytes,
         )
-        telemetry = Telemetry.start(role="bench", incarnation="bench", endpoint=None)
+        telemetry = Telemetry.off()
         self.mover = Mover(
             index=self.index, arena_num_bytes=self.arena.num_bytes, telemetry=telemetry
         )

@@ -55,7 +55,7 @@ class Bench:
             disk_num_bytes=num_blocks * file_num_bytes(size),
         )
         self.files = DiskFiles(directory)
-        telemetry = Telemetry.start(role="bench", incarnation="bench", endpoint=None)
+        telemetry = Telemetry.off()
         self.mover = Mover(
             index=self.index, arena_num_bytes=self.arena.num_bytes, telemetry=telemetry
         )

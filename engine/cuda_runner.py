@@ -157,7 +157,9 @@ class CudaRunner:
         self._sampler.send(prepared)
         self._graphs.replay(size)
         self._sampler.fetch(prepared)
-        return CudaStep.of(chunks, list(prepared.places), [prepared], is_cuda=self._is_cuda)
+        return CudaStep.of(
+            chunks, list(prepared.places), [prepared], is_cuda=self._is_cuda, graph_rows=size
+        )
 
     def _enqueue_rows(self, num_rows: int) -> None:
         """The kernels of a step over the first num_rows rows of the static inputs."""

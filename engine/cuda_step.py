@@ -19,8 +19,9 @@ from kernels.step_times import BEGIN, END, FORWARD, NUM_STAMPS
 class CudaStep:
     """A step on its way.
 
-    places: where on the device the token of each chunk is that samples one, else -1; prepared: its
-    rows in the sampler, in order of the chunks that sample; prompt_logprobs: by number of chunk.
+    graph_rows: of the graph it replays, 0 without one, None on a CPU. places: where on the device
+    the token of each chunk is that samples one, else -1; prepared: its rows in the sampler, in
+    order of the chunks that sample; prompt_logprobs: by number of chunk.
     """
 
     chunks: list[Chunk]
@@ -28,11 +29,18 @@ class CudaStep:
     prepared: list[PreparedRows]
     stamps: torch.Tensor
     done: torch.cuda.Event | None
+    graph_rows: int | None
     prompt_logprobs: dict[int, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, chunks: list[Chunk], places: list[int], prepared: list[PreparedRows], *, is_cuda: bool
+        cls,
+        chunks: list[Chunk],
+        places: list[int],
+        prepared: list[PreparedRows],
+        *,
+        is_cuda: bool,
+        graph_rows: int = 0,
     ) -> CudaStep:
         """A step whose stamps `record` is still to bring."""
         return cls(
@@ -41,6 +49,7 @@ class CudaStep:
             prepared=prepared,
             stamps=torch.empty(NUM_STAMPS, dtype=torch.int64, pin_memory=is_cuda),
             done=torch.cuda.Event() if is_cuda else None,
+            graph_rows=graph_rows if is_cuda else None,
         )
 
     def record(self, stamps: torch.Tensor) -> None:

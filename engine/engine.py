@@ -70,6 +70,11 @@ class Engine:
         return self._scheduler.num_waiting + len(self._waiters)
 
     @property
+    def num_preemptions(self) -> int:
+        """Times that a sequence lost its blocks to others."""
+        return self._scheduler.num_preemptions
+
+    @property
     def num_steps(self) -> int:
         """Steps finished since the start, failed ones included."""
         return self._num_steps
@@ -243,11 +248,14 @@ class Engine:
         flight, step = landed.flight, landed.step
         self._num_steps += 1
         items: list[StepItem] = []
-        num_discarded = 0
+        num_cancelled = num_discarded = 0
         for (sequence, chunk), result in zip(flight.batch, landed.results, strict=True):
             if sequence.state is not SequenceState.RUNNING:
                 sequence.num_in_flight -= 1
-                num_discarded += len(result.token_ids)
+                if sequence.state is SequenceState.FINISHED:
+                    num_discarded += len(result.token_ids)
+                else:
+                    num_cancelled += len(result.token_ids)
                 self._release(sequence)
                 continue
             item = sequence.advance(chunk, result)
@@ -265,7 +273,9 @@ class Engine:
             sample_s=step.sample_s,
             gap_s=landed.gap_s,
             emit_s=self._last_emit_s,
+            num_cancelled=num_cancelled,
             num_discarded=num_discarded,
+            graph_rows=step.graph_rows,
             items=items,
         )
 

@@ -135,3 +135,8 @@ class Step(Protocol):
     def sample_s(self) -> float:
         """Seconds logits and sampling took."""
         ...
+
+    @property
+    def graph_rows(self) -> int | None:
+        """Rows of the CUDA graph it replayed; 0 without one, None where there are no graphs."""
+        ...

@@ -41,6 +41,11 @@ class ComputedStep:
         """Always."""
         return True
 
+    @property
+    def graph_rows(self) -> int | None:
+        """A CPU has no graphs."""
+        return None
+
 
 class ModelRunner:
     """Decoder + cache + sampler; `context_len` is what model and cache can hold, in tokens."""

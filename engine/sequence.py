@@ -259,10 +259,11 @@ class StepItem:
 class StepOutcome:
     """A finished step: its number (from 1), where its time went, and its items.
 
-    Sequences dropped or finished while the step ran are not among the items; num_discarded counts
-    their tokens. All times are seconds: schedule_s on the loop, forward_s and sample_s where the
-    tensors are, gap_s between the end of the step before (or this one's launch) and its start,
-    emit_s in the callback of the step before.
+    Sequences dropped or finished while the step ran are not among the items: num_cancelled and
+    num_discarded count the tokens of either kind. graph_rows: of the CUDA graph that was replayed,
+    0 without one, None where there are no graphs. All times are seconds: schedule_s on the loop,
+    forward_s and sample_s where the tensors are, gap_s between the end of the step before (or this
+    one's launch) and its start, emit_s in the callback of the step before.
     """
 
     step: int
@@ -271,7 +272,9 @@ class StepOutcome:
     sample_s: float
     gap_s: float
     emit_s: float
+    num_cancelled: int
     num_discarded: int
+    graph_rows: int | None
     items: list[StepItem]
 
     @property

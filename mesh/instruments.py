@@ -1,41 +1,215 @@
-"""Every metric of kvmesh, declared once: name, unit, buckets.
+"""Every metric of kvmesh, declared once: name, unit, buckets and the values of its attributes.
 
 Names follow OpenTelemetry's GenAI conventions where they exist, else `kvmesh.*`. Recorded per step
-or per request, never per token; request ids are never attributes.
+or per request, never per token; request ids are never attributes. docs/telemetry.md is generated
+from this module (`make docs`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from opentelemetry.metrics import Counter, Histogram, Meter
 
-# GenAI conventions' boundaries, widened where a batch of one or an overloaded mesh leaves them.
-FIRST_TOKEN_S = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-    20.0, 40.0, 80.0,
+from mesh import buckets
+from mesh.metric import Kind, Metric, counter, histogram, observed
+
+ERROR_REASON = ("<reason of an error>",)
+"""The reasons of mesh/errors.py and of whoever raises them: upper case, a few dozen in all."""
+ROLES = ("prefill", "decode", "kvstore")
+DISPOSITIONS = ("delivered", "cancelled", "discarded", "recomputed")
+STEP_PARTS = ("schedule", "forward", "sample", "emit")
+TO_FIRST_TOKEN = ("queue", "lookup", "get", "verify", "prefill", "put")
+TO_SECOND_TOKEN = ("handover", "lookup", "get", "verify", "first_step")
+STAGES = ("first_token", "second_token")
+PHASES = tuple(dict.fromkeys((*TO_FIRST_TOKEN, *TO_SECOND_TOKEN)))
+TIERS = ("memory", "host", "disk")
+VERIFY_REASONS = (
+    "lookup", "slot", "timeout", "read", "lease", "digest", "identity", "reported_corrupt",
+    "disk_start", "disk_header", "disk_digest", "disk_read", "disk_write", "host_copy", "gone",
 )  # fmt: skip
-PER_TOKEN_S = (
-    0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
-    0.4, 0.5, 0.75, 1.0, 2.5, 5.0,
-)  # fmt: skip
-REQUEST_S = (
-    0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
-    163.84, 327.68, 655.36,
-)  # fmt: skip
-STEP_S = (
-    0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06,
-    0.08, 0.12, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12,
-)  # fmt: skip
-PART_S = (
-    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05,
-    0.1, 0.25, 0.5, 1.0, 2.5,
-)  # fmt: skip
-TRANSFER_S = (
-    0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
-    1.0, 2.5, 5.0, 10.0,
-)  # fmt: skip
-COUNTS = tuple(float(2**power) for power in range(14))  # 1 to 8192
+
+
+GATEWAY = {
+    "time_to_first_token": histogram(
+        "gen_ai.server.time_to_first_token", "s", "arrival to first token", buckets.FIRST_TOKEN_S
+    ),
+    "time_per_output_token": histogram(
+        "gen_ai.server.time_per_output_token", "s", "mean after the first", buckets.PER_TOKEN_S
+    ),
+    "request_duration": histogram(
+        "gen_ai.server.request.duration",
+        "s",
+        "arrival to the last message",
+        buckets.REQUEST_S,
+        state=("completed", "aborted", "cancelled", "failed", "rejected"),
+    ),
+    "phase_duration": histogram(
+        "kvmesh.phase.duration",
+        "s",
+        "one phase of a request; those of stage first_token add up to its time to first token, "
+        "those of second_token to the time from there to the second one",
+        buckets.FIRST_TOKEN_S,
+        stage=STAGES,
+        phase=PHASES,
+    ),
+    "stream_backpressure": histogram(
+        "kvmesh.stream.backpressure.duration",
+        "s",
+        "a client's stream that took nothing while something was there for it",
+        buckets.REQUEST_S,
+    ),
+    "requests": counter(
+        "kvmesh.requests",
+        "{request}",
+        "requests that ended",
+        state=("completed", "aborted", "cancelled", "failed", "rejected"),
+    ),
+    "requests_rejected": counter(
+        "kvmesh.requests.rejected", "{request}", "refused", reason=ERROR_REASON
+    ),
+    "retries": counter(
+        "kvmesh.retries",
+        "{retry}",
+        "second tries",
+        phase=("prefill", "decode"),
+        reason=ERROR_REASON,
+    ),
+}
+WORKERS = {
+    "decode_step_tokens": histogram(
+        "kvmesh.decode.step.tokens", "{token}", "tokens a decode step delivered", buckets.COUNTS
+    ),
+    "decode_step_duration": histogram(
+        "kvmesh.decode.step.duration", "s", "one decode step", buckets.STEP_S
+    ),
+    "decode_step_sequences": histogram(
+        "kvmesh.decode.step.sequences", "{sequence}", "sequences in a step", buckets.COUNTS
+    ),
+    "decode_step_part_duration": histogram(
+        "kvmesh.decode.step.part.duration",
+        "s",
+        "one part of a decode step",
+        buckets.PART_S,
+        part=STEP_PARTS,
+    ),
+    "decode_step_gap": histogram(
+        "kvmesh.decode.step.gap", "s", "nothing computed between two decode steps", buckets.PART_S
+    ),
+    "decode_inter_token": histogram(
+        "kvmesh.decode.inter_token.duration",
+        "s",
+        "between two tokens of the sequences that two consecutive steps share; once a step",
+        buckets.PER_TOKEN_S,
+    ),
+    "decode_tokens": counter(
+        "kvmesh.decode.tokens",
+        "{token}",
+        "tokens computed: delivered, sampled for a sequence that was cancelled, sampled after a "
+        "stop, or computed again after a preemption, a resume or a short pull",
+        disposition=DISPOSITIONS,
+    ),
+    "decode_padding": counter(
+        "kvmesh.decode.step.padding",
+        "{slot}",
+        "slots of a step that only filled up a CUDA graph's batch",
+    ),
+    "decode_graphs": counter(
+        "kvmesh.decode.step.graphs",
+        "{step}",
+        "steps that replayed a CUDA graph (hit) or launched kernels one by one (miss)",
+        result=("hit", "miss"),
+    ),
+    "decode_preemptions": counter(
+        "kvmesh.decode.preemptions", "{sequence}", "sequences that lost their blocks to others"
+    ),
+    "kv_transfer_duration": histogram(
+        "kvmesh.kv.transfer.duration",
+        "s",
+        "one NIXL transfer",
+        buckets.TRANSFER_S,
+        direction=("get", "put"),
+    ),
+    "kv_transfer_io": counter(
+        "kvmesh.kv.transfer.io", "By", "bytes moved by NIXL", direction=("get", "put")
+    ),
+    "kv_prefix_tokens": counter(
+        "kvmesh.kv.prefix.tokens",
+        "{token}",
+        "prompt tokens whose KV was found or had to be computed",
+        result=("hit", "computed"),
+    ),
+}
+STORE = {
+    "kv_verify_failures": counter(
+        "kvmesh.kv.verify.failures",
+        "{block}",
+        "blocks that were not used",
+        reason=VERIFY_REASONS,
+    ),
+    "kv_tier_blocks": counter(
+        "kvmesh.kv.tier.blocks",
+        "{block}",
+        "blocks copied to a lower tier (demoted), back (promoted), or not (skipped)",
+        tier=("host", "disk"),
+        move=("demoted", "promoted", "skipped"),
+    ),
+    "kv_lookup_blocks": counter(
+        "kvmesh.kv.lookup.blocks",
+        "{block}",
+        "blocks that lookups asked for, by where they were",
+        result=(*TIERS, "miss"),
+    ),
+}
+OBSERVED = {
+    "kv_blocks": observed(
+        "kvmesh.kv.blocks",
+        "{block}",
+        "blocks of a store",
+        state=("free", "reserved", "sealed", "leased", "pinned", "quarantined", "copied"),
+        tier=TIERS,
+    ),
+    "kv_evictions": observed(
+        "kvmesh.kv.evictions",
+        "{block}",
+        "blocks that left a tier",
+        Kind.OBSERVED_COUNTER,
+        tier=TIERS,
+        cause=("room", "quota", "discarded", "corrupt", "expired"),
+    ),
+    "kv_leases_expired": observed(
+        "kvmesh.kv.lease.expired",
+        "{lease}",
+        "promises that nobody ended before their deadline",
+        Kind.OBSERVED_COUNTER,
+        promise=("lease", "reservation", "pin"),
+    ),
+    "sequences": observed(
+        "kvmesh.sequences", "{sequence}", "sequences of a worker", state=("running", "waiting")
+    ),
+    "peer_state": observed(
+        "kvmesh.peer.state",
+        "1",
+        "1 for the state that a process sees a peer in, by role; number of peers",
+        role=ROLES,
+        state=("ready", "not_ready", "connecting", "up", "down", "leaving"),
+    ),
+    "telemetry_dropped": observed(
+        "kvmesh.telemetry.dropped",
+        "{item}",
+        "spans and metric exports that were lost",
+        Kind.OBSERVED_COUNTER,
+        signal=("spans", "metrics"),
+    ),
+    "gpu_memory": observed(
+        "kvmesh.gpu.memory", "By", "memory of the worker's GPU", state=("used", "free")
+    ),
+    "gpu_utilization": observed(
+        "kvmesh.gpu.utilization", "1", "share of time in which the worker's GPU ran kernels"
+    ),
+}
+RECORDED = {**GATEWAY, **WORKERS, **STORE}
+ALL = {**RECORDED, **OBSERVED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,72 +219,43 @@ class Instruments:
     time_to_first_token: Histogram
     time_per_output_token: Histogram
     request_duration: Histogram
+    phase_duration: Histogram
+    stream_backpressure: Histogram
+    requests: Counter
+    requests_rejected: Counter
+    retries: Counter
     decode_step_tokens: Histogram
     decode_step_duration: Histogram
     decode_step_sequences: Histogram
     decode_step_part_duration: Histogram
     decode_step_gap: Histogram
+    decode_inter_token: Histogram
     decode_tokens: Counter
+    decode_padding: Counter
+    decode_graphs: Counter
+    decode_preemptions: Counter
     kv_transfer_duration: Histogram
     kv_transfer_io: Counter
     kv_prefix_tokens: Counter
     kv_verify_failures: Counter
     kv_tier_blocks: Counter
-    requests: Counter
-    requests_rejected: Counter
-    retries: Counter
+    kv_lookup_blocks: Counter
 
 
 def declare(meter: Meter) -> Instruments:
-    """Makes every instrument, once per meter; attributes in braces are the callers' to give."""
+    """Makes every recorded instrument, once per meter."""
 
-    def histogram(name: str, unit: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+    def make(metric: Metric) -> Histogram | Counter:
+        if metric.kind is Kind.COUNTER:
+            return meter.create_counter(metric.name, metric.unit, metric.description)
         return meter.create_histogram(
-            name, unit, help_text, explicit_bucket_boundaries_advisory=list(buckets)
+            metric.name,
+            metric.unit,
+            metric.description,
+            explicit_bucket_boundaries_advisory=list(metric.buckets),
         )
 
-    counter = meter.create_counter
-    return Instruments(
-        time_to_first_token=histogram(
-            "gen_ai.server.time_to_first_token", "s", "arrival to first token", FIRST_TOKEN_S
-        ),
-        time_per_output_token=histogram(
-            "gen_ai.server.time_per_output_token", "s", "mean after the first", PER_TOKEN_S
-        ),
-        request_duration=histogram(
-            "gen_ai.server.request.duration", "s", "arrival to the last message", REQUEST_S
-        ),
-        decode_step_tokens=histogram(
-            "kvmesh.decode.step.tokens", "{token}", "tokens scheduled in a decode step", COUNTS
-        ),
-        decode_step_duration=histogram(
-            "kvmesh.decode.step.duration", "s", "one decode step", STEP_S
-        ),
-        decode_step_sequences=histogram(
-            "kvmesh.decode.step.sequences", "{sequence}", "sequences in a decode step", COUNTS
-        ),
-        decode_step_part_duration=histogram(
-            "kvmesh.decode.step.part.duration",
-            "s",
-            "one {part} of a decode step: schedule, forward, sample or emit",
-            PART_S,
-        ),
-        decode_step_gap=histogram(
-            "kvmesh.decode.step.gap", "s", "nothing computed between two decode steps", PART_S
-        ),
-        decode_tokens=counter("kvmesh.decode.tokens", "{token}", "generated {disposition}"),
-        kv_transfer_duration=histogram(
-            "kvmesh.kv.transfer.duration", "s", "one NIXL transfer", TRANSFER_S
-        ),
-        kv_transfer_io=counter("kvmesh.kv.transfer.io", "By", "bytes moved by NIXL"),
-        kv_prefix_tokens=counter("kvmesh.kv.prefix.tokens", "{token}", "prompt tokens {result}"),
-        kv_verify_failures=counter(
-            "kvmesh.kv.verify.failures", "{block}", "blocks not used {reason}"
-        ),
-        kv_tier_blocks=counter(
-            "kvmesh.kv.tier.blocks", "{block}", "copied to or from {tier} {move}, or not: skipped"
-        ),
-        requests=counter("kvmesh.requests", "{request}", "requests by {state}"),
-        requests_rejected=counter("kvmesh.requests.rejected", "{request}", "refused {reason}"),
-        retries=counter("kvmesh.retries", "{retry}", "second tries {phase,reason}"),
-    )
+    made: dict[str, object] = {
+        entry.name: make(RECORDED[entry.name]) for entry in fields(Instruments)
+    }
+    return Instruments(**made)  # pyright: ignore[reportArgumentType] - the table says which is what

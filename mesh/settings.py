@@ -14,11 +14,17 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-T = TypeVar("T", bound="ServiceSettings")
+
+class Settings(typing.Protocol):
+    """A dataclass made of `setting`s."""
+
+    __dataclass_fields__: typing.ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Settings)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -54,46 +60,17 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServiceSettings:
-    """Flags every service has. A subclass adds fields; its __post_init__ may raise ValueError."""
+def parse_names(*allowed: str) -> Callable[[str], tuple[str, ...]]:
+    """A parser of comma-separated names; ValueError names one that is not allowed."""
 
-    host: str = setting("127.0.0.1", group="network", help="address to listen on")
-    port: int = setting(
-        0, group="network", help="port to listen on; 0 picks one", minimum=0, maximum=65535
-    )
-    die_with_parent: bool = setting(
-        False, group="process", help="drain and end when the process that started this one ends"
-    )
-    drain_s: float = setting(
-        10.0, group="process", help="seconds to finish live requests on SIGTERM", minimum=0
-    )
-    num_threads: int = setting(
-        1, group="process", help="CPU threads for tensor work", minimum=1, maximum=1024
-    )
-    log_format: str = setting(
-        "text", group="telemetry", help="form of log lines", choices=("text", "json")
-    )
-    log_level: str = setting(
-        "info",
-        group="telemetry",
-        help="least severe log line",
-        choices=("debug", "info", "warning", "error"),
-    )
-    otlp_endpoint: str = setting(
-        "",
-        group="telemetry",
-        help="OTLP gRPC endpoint such as http://host:4317; empty turns telemetry off",
-        env="OTEL_EXPORTER_OTLP_ENDPOINT",
-    )
-    otlp_interval_ms: int = setting(
-        5000,
-        group="telemetry",
-        help="milliseconds between two metric exports",
-        minimum=50,
-        maximum=3_600_000,
-        env="OTEL_METRIC_EXPORT_INTERVAL",
-    )
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(part.strip() for part in text.split(",") if part.strip())
+        for name in names:
+            if name not in allowed:
+                raise ValueError(f"{name[:40]!r} is not one of {', '.join(allowed)}")
+        return names
+
+    return parse
 
 
 def parse_settings(

@@ -1,11 +1,12 @@
 """A process's traces and metrics, and the trace context that travels between processes.
 
-Owns the choice between OTLP and nothing at all. Without an endpoint everything is a no-op object
-and no thread runs; a dead endpoint changes neither start-up nor latency.
+Owns the choice between exporting and nothing at all. Without an exporter everything is a no-op
+object and no thread runs; a dead endpoint changes neither start-up nor latency.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -14,64 +15,90 @@ from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from mesh.instruments import Instruments, declare
+from mesh.export_plan import ExportPlan
+from mesh.instruments import OBSERVED, Instruments, Kind, declare
 
 if TYPE_CHECKING:
-    from mesh.otlp import Otlp
+    from mesh.exporters import Exporters
+    from mesh.service_settings import ServiceSettings
 
+log = logging.getLogger("kvmesh.telemetry")
 CLOSE_TIMEOUT_S = 1.5
+Observed = Iterable[tuple[float, Mapping[str, str]]]
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Telemetry:
-    """One process's tracer and instruments. Build with `start`, end with `close`."""
+    """One process's tracer and instruments. Build with `start` or `off`, end with `close`."""
 
     tracer: trace.Tracer
     instruments: Instruments
 
-    def __init__(self, tracer: trace.Tracer, meter: Meter, otlp: Otlp | None = None) -> None:
+    def __init__(
+        self, tracer: trace.Tracer, meter: Meter, exporters: Exporters | None = None
+    ) -> None:
         self.tracer = tracer
         self.instruments = declare(meter)
         self._meter = meter
-        self._otlp = otlp
+        self._exporters = exporters
 
     @classmethod
-    def start(
-        cls, *, role: str, incarnation: str, endpoint: str | None, interval_ms: int = 5000
-    ) -> Telemetry:
-        """No-op without an endpoint; otherwise OTLP over gRPC, metrics every interval_ms."""
-        if not endpoint:
-            return cls(trace.NoOpTracer(), metrics.NoOpMeter("kvmesh"))
-        from mesh.otlp import Otlp  # loads the SDK, which a process without telemetry never needs
+    def start(cls, *, role: str, incarnation: str, settings: ServiceSettings) -> Telemetry:
+        """Exports what the settings say; StartupError when the Prometheus port cannot be had."""
+        plan = ExportPlan.of(settings)
+        if plan.is_empty:
+            return cls.off()
+        from mesh.exporters import Exporters  # loads the SDK, which nobody else needs
 
-        otlp = Otlp(role=role, incarnation=incarnation, endpoint=endpoint, interval_ms=interval_ms)
-        return cls(otlp.tracer, otlp.meter, otlp)
+        exporters = Exporters(role=role, incarnation=incarnation, plan=plan)
+        telemetry = cls(exporters.tracer, exporters.meter, exporters)
+        telemetry.observe(
+            "telemetry_dropped",
+            lambda: [(n, {"signal": s}) for s, n in exporters.num_dropped().items()],
+        )
+        if exporters.port is not None:
+            log.info("metrics at http://%s:%d/metrics", plan.metrics_host, exporters.port.port)
+        return telemetry
+
+    @classmethod
+    def off(cls) -> Telemetry:
+        """No-op objects; trace context still passes through."""
+        return cls(trace.NoOpTracer(), metrics.NoOpMeter("kvmesh"))
 
     @property
     def is_enabled(self) -> bool:
         """Whether anything is exported."""
-        return self._otlp is not None
+        return self._exporters is not None
 
-    def observe_blocks(
-        self, callback: Callable[[], Iterable[tuple[int, Mapping[str, str]]]]
-    ) -> None:
-        """Registers the source of kvmesh.kv.blocks{state,tier}: (number, attributes) pairs.
+    @property
+    def metrics_port(self) -> int | None:
+        """Where Prometheus can scrape this process."""
+        port = self._exporters.port if self._exporters else None
+        return port.port if port else None
 
-        Called once per export, on the exporter's thread: it may read counters, nothing more.
+    def observe(self, name: str, callback: Callable[[], Observed]) -> None:
+        """Registers the source of an observed instrument (a field of `mesh.instruments.OBSERVED`).
+
+        The callback gives (value, attributes) pairs, once per export, on the exporter's thread: it
+        may read counters, nothing more.
         """
+        metric = OBSERVED[name]
 
         def observe(_: CallbackOptions) -> list[Observation]:
-            return [Observation(count, attributes) for count, attributes in callback()]
+            return [Observation(value, attributes) for value, attributes in callback()]
 
-        self._meter.create_observable_gauge(
-            "kvmesh.kv.blocks", [observe], "{block}", "blocks by {state,tier}"
+        create = (
+            self._meter.create_observable_counter
+            if metric.kind is Kind.OBSERVED_COUNTER
+            else self._meter.create_observable_gauge
         )
+        create(metric.name, [observe], metric.unit, metric.description)
 
     def close(self) -> None:
         """Flushes and stops the exporters within CLOSE_TIMEOUT_S; may be called twice."""
-        otlp, self._otlp = self._otlp, None
-        if otlp is not None:
-            otlp.close(CLOSE_TIMEOUT_S)
+        exporters, self._exporters = self._exporters, None
+        if exporters is not None:
+            exporters.close(CLOSE_TIMEOUT_S)
 
     def traceparent(self) -> str:
         """W3C trace context of the current span; empty when nothing is traced."""

@@ -65,6 +65,7 @@ class Worker:
         self.block_tokens = runner.layout.block_tokens
         self.pool = BlockPool(runner.cache.num_blocks, self.block_tokens)
         self.listeners: list[Callable[[StepOutcome], None]] = []
+        self.reporters: list[Callable[[status_pb2.InstanceStatus], None]] = []
         self.failure_listeners: list[Callable[[Sequence[EngineSequence], BaseException], None]] = []
         self.engine = Engine(
             runner, self.pool, scheduler, on_step=self._on_step, on_failure=self._on_failure
@@ -222,7 +223,7 @@ class Worker:
         """The present state, for StatusService."""
         config, pool = self.runner.config, self.pool
         stores = ", ".join(f"{addr} {state}" for addr, state in self.store.states.items())
-        return status_pb2.InstanceStatus(
+        status = status_pb2.InstanceStatus(
             role=role,
             address=address,
             incarnation=self.incarnation,
@@ -253,6 +254,9 @@ class Worker:
             ),
             uptime_s=time.monotonic() - self._started_at,
         )
+        for report in self.reporters:
+            report(status)
+        return status
 
     def _holder(self, held: list[int]) -> Callable[[list[int], asyncio.Future[None]], None]:
         """Quarantines what a late READ may still write, and notes it in `held`."""

@@ -70,8 +70,7 @@ def run_worker(
         telemetry = Telemetry.start(
             role=name,
             incarnation=incarnation,
-            endpoint=settings.otlp_endpoint,
-            interval_ms=settings.otlp_interval_ms,
+            settings=settings,
         )
         worker = await Worker.start(
             settings=settings,

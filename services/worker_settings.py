@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.discovery import SOURCES_HELP, parse_sources
-from mesh.settings import ServiceSettings, setting
+from mesh.service_settings import ServiceSettings
+from mesh.settings import setting
 
 MAX_RMSNORM_WARPS = 32  # warps of the largest thread block
 

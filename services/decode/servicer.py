@@ -1,6 +1,6 @@
 """DecodeService: sessions over one engine.
 
-Owns the set of sessions and hands each step's outcome to them; the step metrics are recorded here.
+Owns the set of sessions and hands each step's outcome to them and to the meter.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import StepOutcome
-from protos import decode_pb2, decode_pb2_grpc
+from protos import decode_pb2, decode_pb2_grpc, status_pb2
 from services.decode.session import Session
+from services.decode.step_meter import StepMeter
 from services.worker import Worker
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._worker = worker
         self._sessions: dict[int, Session] = {}
         self._ids = itertools.count(1)
+        self._meter = StepMeter(worker.engine, worker.telemetry.instruments)
         worker.listeners.append(self._on_step)
+        worker.reporters.append(self._report)
         worker.failure_listeners.append(self._on_failure)
 
     @property
@@ -63,28 +66,14 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             del self._sessions[session_id]
 
     def _on_step(self, outcome: StepOutcome) -> None:
-        num_tokens = 0
         for item in outcome.items:
-            num_tokens += len(item.token_ids)
             self._sessions[item.sequence.key.session_id].on_item(item)
         for session in self._sessions.values():
             session.flush()
-        self._worker.count_tokens(num_tokens)
-        instruments = self._worker.telemetry.instruments
-        instruments.decode_step_tokens.record(num_tokens)
-        instruments.decode_step_sequences.record(len(outcome.items))
-        instruments.decode_step_duration.record(outcome.duration_s)
-        for part, duration_s in (
-            ("schedule", outcome.schedule_s),
-            ("forward", outcome.forward_s),
-            ("sample", outcome.sample_s),
-            ("emit", outcome.emit_s),
-        ):
-            instruments.decode_step_part_duration.record(duration_s, {"part": part})
-        instruments.decode_step_gap.record(outcome.gap_s)
-        instruments.decode_tokens.add(num_tokens, {"disposition": "delivered"})
-        if outcome.num_discarded:
-            instruments.decode_tokens.add(outcome.num_discarded, {"disposition": "discarded"})
+        self._worker.count_tokens(self._meter.record(outcome))
+
+    def _report(self, status: status_pb2.InstanceStatus) -> None:
+        status.decode_steps.CopyFrom(self._meter.snapshot())
 
     def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
         for sequence in sequences:

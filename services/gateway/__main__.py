@@ -26,8 +26,7 @@ def main() -> None:
         telemetry = Telemetry.start(
             role="gateway",
             incarnation=incarnation,
-            endpoint=settings.otlp_endpoint,
-            interval_ms=settings.otlp_interval_ms,
+            settings=settings,
         )
         tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model)
         log.info("tokenizer of %s loaded", settings.model.name)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mesh.channel import MAX_MESSAGE_BYTES
 from mesh.discovery import SOURCES_HELP, parse_sources
-from mesh.settings import ServiceSettings, parse_bytes, setting
+from mesh.service_settings import ServiceSettings
+from mesh.settings import parse_bytes, setting
 
 
 @dataclass(frozen=True, kw_only=True)

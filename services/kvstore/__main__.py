@@ -62,10 +62,9 @@ class KvStore:
         self._telemetry = Telemetry.start(
             role=ROLE,
             incarnation=self._incarnation,
-            endpoint=settings.otlp_endpoint,
-            interval_ms=settings.otlp_interval_ms,
+            settings=settings,
         )
-        self._telemetry.observe_blocks(self._observe_blocks)
+        self._telemetry.observe("kv_blocks", self._observe_blocks)
         self._address = ""
         self._ready = False
         self._started_at = time.monotonic()

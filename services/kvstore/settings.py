@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mesh.settings import ServiceSettings, parse_bytes, setting
+from mesh.service_settings import ServiceSettings
+from mesh.settings import parse_bytes, setting
 
 
 @dataclass(frozen=True, kw_only=True)

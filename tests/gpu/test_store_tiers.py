@@ -53,7 +53,7 @@ class Store:
         self.mover = Mover(
             index=self.index,
             arena_num_bytes=self.arena.num_bytes,
-            telemetry=Telemetry.start(role="test", incarnation="test", endpoint=None),
+            telemetry=Telemetry.off(),
         )
         self.mover.add_host(HostCopies(self.engine, self.pinned.address))
 

@@ -161,7 +161,7 @@ class Mesh:
         self._clients: list[KvStoreClient] = []
 
     async def serve(self, store: Store, port: int = 0) -> str:
-        quiet = Telemetry.start(role="kvstore", incarnation="s", endpoint=None)
+        quiet = Telemetry.off()
         server = ServiceServer(host="127.0.0.1", port=port, telemetry=quiet)
         register = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
         server.add(register, store, "kvmesh.v1.KvStoreService")

@@ -36,7 +36,7 @@ from mesh.server import ServiceServer
 from mesh.telemetry import Telemetry
 
 async def main(stop):
-    telemetry = Telemetry.start(role="toy", incarnation="1", endpoint=None)
+    telemetry = Telemetry.off()
     server = ServiceServer(host="127.0.0.1", port=int(sys.argv[1]), telemetry=telemetry)
     port = await server.start()
     announce_ready(role="toy", address=f"127.0.0.1:{port}", incarnation="1")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mesh.settings import ServiceSettings, parse_bytes, parse_settings, setting
+from mesh.service_settings import ServiceSettings
+from mesh.settings import parse_bytes, parse_settings, setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ async def test_status_comes_from_the_callback(snapshot: Any, expected: list[str]
 
 
 async def test_status_is_served_over_grpc() -> None:
-    telemetry = Telemetry.start(role="toy", incarnation="0", endpoint=None)
+    telemetry = Telemetry.off()
     server = ServiceServer(host="127.0.0.1", port=0, telemetry=telemetry)
     register = status_pb2_grpc.add_StatusServiceServicer_to_server
     server.add(register, StatusServicer(later_one), "kvmesh.v1.StatusService")

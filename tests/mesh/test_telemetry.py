@@ -16,6 +16,7 @@ import pytest
 
 from mesh.errors import Internal, invalid
 from mesh.instruments import Instruments
+from mesh.service_settings import ServiceSettings
 from mesh.telemetry import Telemetry
 from protos import gateway_pb2
 from tests.support.otlp_receiver import OtlpReceiver
@@ -44,9 +45,8 @@ def dead_endpoint(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def start(role: str, endpoint: str, interval_ms: int = 5000) -> Telemetry:
-    return Telemetry.start(
-        role=role, incarnation=f"{role}-1", endpoint=endpoint, interval_ms=interval_ms
-    )
+    settings = ServiceSettings(otlp_endpoint=endpoint, otlp_interval_ms=interval_ms)
+    return Telemetry.start(role=role, incarnation=f"{role}-1", settings=settings)
 
 
 def relay_to(toy: ToyServer, telemetry: Telemetry) -> ToyServicer:
@@ -141,7 +141,7 @@ def test_close_flushes_every_instrument_with_its_attributes(receiver: OtlpReceiv
         instrument = getattr(telemetry.instruments, field.name)
         record = instrument.add if hasattr(instrument, "add") else instrument.record
         record(1, {"reason": field.name})
-    telemetry.observe_blocks(lambda: [(5, {"state": "sealed", "tier": "dram"})])
+    telemetry.observe("kv_blocks", lambda: [(5, {"state": "sealed", "tier": "memory"})])
     telemetry.close()
     telemetry.close()
     by_reason = {point.attributes.get("reason"): point for point in receiver.points}
@@ -149,14 +149,14 @@ def test_close_flushes_every_instrument_with_its_attributes(receiver: OtlpReceiv
     assert by_reason["requests_rejected"].name == "kvmesh.requests.rejected"
     assert by_reason["time_to_first_token"].name == "gen_ai.server.time_to_first_token"
     (blocks,) = receiver.metric_points("kvmesh.kv.blocks")
-    assert blocks.value == 5 and blocks.attributes == {"state": "sealed", "tier": "dram"}
+    assert blocks.value == 5 and blocks.attributes == {"state": "sealed", "tier": "memory"}
 
 
 async def test_without_an_endpoint_nothing_runs_and_traces_pass_through() -> None:
     before = threading.active_count()
     telemetry = no_telemetry()
     telemetry.instruments.decode_tokens.add(1, {"disposition": "kept"})
-    telemetry.observe_blocks(lambda: [])
+    telemetry.observe("kv_blocks", lambda: [])
     assert threading.active_count() == before and not telemetry.is_enabled
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     seen: list[str] = []

@@ -49,6 +49,7 @@ class FakeStep:
     is_done: bool = True
     forward_s: float = 0.0
     sample_s: float = 0.0
+    graph_rows: int | None = None
 
 
 class FakeRunner:
