@@ -112,10 +112,12 @@ class Mover:
         """Starts what is to be read; all reads under way that the keys wait for."""
         usable = [carrier for carrier in self._carriers if not carrier.is_stuck()]
         tiers = [carrier.tier for carrier in usable]
-        moves, awaited = self._index.lower.promote(keys, num_bytes, tiers)
-        for carrier in usable:
-            carrier.start([move for move in moves if move.tier is carrier.tier])
-        return dict(_reads_of(awaited, usable))
+        reads: dict[Read, Carrier] = {}
+        for moves, awaited in self._index.lower.promote(keys, num_bytes, tiers):
+            for carrier in usable:
+                carrier.start([move for move in moves if move.tier is carrier.tier])
+            reads.update(_reads_of(awaited, usable))
+        return reads
 
 
 def _reads_of(rows: Iterable[int], carriers: Sequence[Carrier]) -> Iterable[tuple[Read, Carrier]]:

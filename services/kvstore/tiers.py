@@ -10,7 +10,7 @@ never asked for; it is the least recently used and goes first.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from services.kvstore.lower_tier import LowerTier, Move
 from services.kvstore.memory import MemoryTier
 from services.kvstore.room import FileRoom, SlotRoom
 from services.kvstore.rows import NOBODY, RowArray, leading
+
+_PART_LEN = 64  # blocks
 
 
 class Promoted(enum.Enum):
@@ -87,30 +89,43 @@ class LowerTiers:
 
     def promote(
         self, keys: Sequence[bytes], num_bytes: int, sources: Sequence[LowerTier]
-    ) -> tuple[list[Move], list[int]]:
+    ) -> Iterator[tuple[list[Move], list[int]]]:
         """Takes slots for what is below only of the longest prefix that arena and sources have.
 
-        Returns the reads to start, and the rows of all reads under way that the prefix waits for.
+        Gives the reads to start, and the rows of all reads under way that the prefix waits for. Part
+        by part: the first blocks can be on their way while slots are taken for the others.
         """
         blocks = self._blocks
         rows = self._known_prefix(keys, num_bytes, sources)
         if (blocks.state.values.take(rows) == BlockState.SEALED).all():
-            return [], []
+            return
         blocks.touch_chain(rows)
+        for first in range(0, len(rows), _PART_LEN):
+            part = rows[first : first + _PART_LEN].tolist()
+            moves, awaited, is_whole = self._promote_part(part, num_bytes, sources)
+            yield moves, awaited
+            if not is_whole:
+                return
+
+    def _promote_part(
+        self, rows: list[int], num_bytes: int, sources: Sequence[LowerTier]
+    ) -> tuple[list[Move], list[int], bool]:
+        """Reads to start, rows to wait for, and whether all rows will be in the arena then."""
+        blocks = self._blocks
         moves: list[Move] = []
         awaited: list[int] = []
-        for row in rows.tolist():
+        for row in rows:
             if blocks.state.at[row] == BlockState.ABSENT:
                 move = self._begin(row, num_bytes, sources)
                 if move is None:
-                    break
+                    return moves, awaited, False
                 moves.append(move)
             if blocks.state.at[row] != BlockState.PROMOTING:
                 continue
             if self._promotions[row].tier not in sources:
-                break
+                return moves, awaited, False
             awaited.append(row)
-        return moves, awaited
+        return moves, awaited, True
 
     def promoted(self, move: Move, outcome: Promoted) -> None:
         """Ends a read. A block that is DONE is sealed, and held until it is settled.

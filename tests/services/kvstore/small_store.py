@@ -8,6 +8,7 @@ from services.kvstore.arena import SlotAllocator
 from services.kvstore.block import LeaseOutcome, Reserved
 from services.kvstore.index import BlockIndex
 from services.kvstore.lower_tier import LowerTier, Move
+from tests.services.kvstore.promotions import promote
 
 SIZE = 4096
 
@@ -88,7 +89,7 @@ class Store:
     def promote(self, keys: str) -> tuple[list[Move], list[int]]:
         """Begins to read blocks back, from any tier."""
         lower = self.index.lower
-        return lower.promote([key.encode() for key in keys], SIZE, lower.all)
+        return promote(lower, [key.encode() for key in keys], SIZE, lower.all)
 
     def sealed(self, keys: str) -> str:
         """Those of the keys that are sealed, without touching their order of use."""

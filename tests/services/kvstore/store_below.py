@@ -17,6 +17,7 @@ from services.kvstore.index import BlockIndex
 from services.kvstore.lower_tier import LowerTier, Move
 from services.kvstore.rows import NAME_NUM_BYTES
 from services.kvstore.tiers import Promoted
+from tests.services.kvstore.promotions import promote
 from tests.services.kvstore.store_ledger import NUM_HOST, NUM_PARTS, SIZE, Life, State, Write
 
 STORE = "store"  # who owns a slot while a block comes back
@@ -84,7 +85,7 @@ class Below:
         for copying in self.arrived:
             self._index.lower.settle(copying.move)
         self.arrived.clear()
-        moves, _ = self._index.lower.promote(keys, SIZE, self._index.lower.all)
+        moves, _ = promote(self._index.lower, keys, SIZE, self._index.lower.all)
         begun: list[Copying] = []
         for move in moves:
             write = Write(

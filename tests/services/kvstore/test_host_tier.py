@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.kvstore.arena import SlotAllocator
 from services.kvstore.copies import Span, merged
+from services.kvstore.index import BlockIndex
+from services.kvstore.tiers import Promoted
 from tests.services.kvstore.tiered_store import PATIENCE_S, SIZE, TieredStore, keys_of
 
 FAILURES, MOVES = "kvmesh.kv.verify.failures", "kvmesh.kv.tier.blocks"
@@ -193,3 +196,23 @@ def test_spans_merge_where_both_sides_are_neighbours() -> None:
         assert {(r.offset + i, r.address + i) for r in runs for i in range(r.num_bytes)} == words
         ends = {(run.offset + run.num_bytes, run.address + run.num_bytes) for run in runs}
         assert not ends & {(run.offset, run.address) for run in runs}, "neighbours are apart"
+
+
+def test_a_long_promotion_begins_before_it_is_planned_to_the_end() -> None:
+    keys = [number.to_bytes(32, "big") for number in range(150)]
+    index = BlockIndex(SlotAllocator(2 * 150 * 4096), clock=lambda: 0.0, host_num_bytes=150 * 4096)
+    answers = index.reserve("w", keys, 4096, ttl_s=1)
+    assert all(index.seal("w", [answer.reservation_id for answer in answers], [1] * 150))
+    (tier,) = index.lower.all
+    while (move := tier.next_demotion()) is not None:
+        tier.demoted(move, is_written=True)
+    assert index.evict(150) == 150
+    parts = []
+    for moves, awaited in index.lower.promote(keys, 4096, [tier]):
+        assert awaited == [move.row for move in moves]
+        for move in moves:  # over before the next part is asked for
+            index.lower.promoted(move, Promoted.DONE)
+        index.check()
+        parts.append(moves)
+    assert len(parts) > 1 and [m.header.key for moves in parts for m in moves] == keys
+    assert len(index.lookup("r", keys, 4096, ttl_s=1).offsets) == 150

@@ -6,6 +6,7 @@ import pytest
 
 from services.kvstore.disk_format import DIGEST_UNIT, file_num_bytes
 from services.kvstore.tiers import Promoted
+from tests.services.kvstore.promotions import promote
 from tests.services.kvstore.small_store import SIZE, Store, outcomes
 
 assert SIZE % DIGEST_UNIT == 0
@@ -152,7 +153,7 @@ def test_a_pinned_block_is_forgotten_with_its_last_copy_only(tier: str) -> None:
     store.index.evict(1)
     store.pin("a")
     source = getattr(store.index.lower, tier)
-    ((move,), _) = store.index.lower.promote([b"a"], SIZE, [source])
+    ((move,), _) = promote(store.index.lower, [b"a"], SIZE, [source])
     store.index.lower.promoted(move, Promoted.UNUSABLE)
     store.index.check()
     assert store.index.counts().pinned_num_bytes == SIZE

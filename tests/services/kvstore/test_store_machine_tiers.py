@@ -138,5 +138,6 @@ def test_the_machine_finds(name: str) -> None:
 
 
 def test_the_machine_reaches_what_it_is_about() -> None:
-    reached = run_machine(Habits(), num_examples=100, base=TieredMachine)
-    assert set(reached) >= {"used", "found corrupt", "DONE", "UNUSABLE", "ABANDONED"}, reached
+    reached = run_machine(Habits(), num_examples=150, base=TieredMachine)
+    ends = {outcome.removesuffix(" damaged") for outcome in reached}
+    assert ends >= {"used", "found corrupt", "DONE", "UNUSABLE", "ABANDONED"}, reached

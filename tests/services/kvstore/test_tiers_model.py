@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from services.kvstore.block import LeaseOutcome, ReserveOutcome
 from services.kvstore.disk_format import Header
 from services.kvstore.tiers import Promoted
+from tests.services.kvstore.promotions import promote
 from tests.services.kvstore.tiers_world import FLIPPED, NUM_FILES, NUM_HOST, SIZE, TiersWorld
 from tests.services.kvstore.watched_world import sealed_keys
 
@@ -156,7 +157,7 @@ class TierMachine(TiersWorld):
         """From all tiers, or with a disk that hangs."""
         keys = [*draw(st.permutations(self.known()))[:2], *draw(KEYS)]
         tiers = self.index.lower.all[: draw(st.sampled_from([2, 2, 2, 1]))]
-        moves, awaited = self.index.lower.promote(keys, SIZE, tiers)
+        moves, awaited = promote(self.index.lower, keys, SIZE, tiers)
         assert {move.row for move in moves} <= set(awaited)
         for move in moves:
             assert move.tier in tiers
