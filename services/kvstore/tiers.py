@@ -92,8 +92,8 @@ class LowerTiers:
     ) -> Iterator[tuple[list[Move], list[int]]]:
         """Takes slots for what is below only of the longest prefix that arena and sources have.
 
-        Gives the reads to start, and the rows of all reads under way that the prefix waits for. Part
-        by part: the first blocks can be on their way while slots are taken for the others.
+        Gives the reads to start, and the rows of all reads under way that the prefix waits for.
+        Part by part: the first blocks can be on their way while slots are taken for the others.
         """
         blocks = self._blocks
         rows = self._known_prefix(keys, num_bytes, sources)
