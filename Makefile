@@ -1,4 +1,4 @@
-# The only door. Targets: setup, run, test, test-faults, check, bench, test-gpu, bench-gpu, clean.
+# The only door. Targets: setup, run, test, test-faults, check, docs, bench, test-gpu, bench-gpu, clean.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PYTEST_FLAGS ?=
 MODEL ?= models/demo
 SAMPLE ?= In the beginning
 
-.PHONY: help setup run test test-faults check format bench require-gpu test-gpu bench-gpu clean
+.PHONY: help setup run test test-faults check format docs bench require-gpu test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
 	@echo "make test-faults   setup, then every fault in every phase (minutes; make test runs the most telling)"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
+	@echo "make docs    writes docs/telemetry.md from the table of metrics"
 	@echo "make bench   setup, then a short load test of a mesh of its own"
 	@echo "make test-gpu, make bench-gpu   setup, then tests or benchmarks on this machine's NVIDIA GPU;"
 	@echo "             BENCHMARKS='gemm norm' narrows them"
@@ -69,6 +70,9 @@ check: setup
 format: setup
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: setup
+	@$(BIN)/python -m tools.telemetry_docs
 
 bench: setup
 	@$(BIN)/kvmesh bench --start --model $(MODEL)

@@ -13,6 +13,7 @@ import datetime
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from benchmarks.transfer_bandwidth import cpu_name
 from kv.digest import block_digest
 from mesh.telemetry import Telemetry
 from services.kvstore.arena import SlotAllocator
+from services.kvstore.carrier import SWITCH_INTERVAL_S
 from services.kvstore.copies import Span
 from services.kvstore.cuda_copies import CudaEngine
 from services.kvstore.cuda_driver import device_name
@@ -176,6 +178,7 @@ def _row(what: str, bench: Bench, ours: list[float], plain: list[float]) -> dict
 
 def run(parent: Path, num_blocks: int, repeats: int) -> dict[str, Any]:
     """All tiers behind the first GPU; prints a line each."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     arena = HbmArena(2 * num_blocks * SIZE)
     engine = CudaEngine(arena)
     rows = asyncio.run(measure_host(Bench(arena, engine, num_blocks), repeats))

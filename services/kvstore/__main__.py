@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sys
 import time
 
 from kv.nixl_transfer import NixlTransfer
@@ -25,6 +26,7 @@ from mesh.telemetry import Telemetry
 from protos import kvstore_pb2_grpc, status_pb2, status_pb2_grpc
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.callers import CallerTable
+from services.kvstore.carrier import SWITCH_INTERVAL_S
 from services.kvstore.index import BlockIndex
 from services.kvstore.mover import Mover
 from services.kvstore.places import Places
@@ -205,6 +207,7 @@ def main() -> None:
     """Parses flags and runs until told to stop."""
     settings = parse_settings(KvStoreSettings, "python -m services.kvstore")
     setup_logging(settings.log_format, settings.log_level, ROLE)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
     async def body(stop: asyncio.Event) -> None:
         await KvStore(settings).run(stop)

@@ -21,6 +21,8 @@ from services.kvstore.tiers import LowerTiers, Promoted
 WRITE_SHARE = 8  # blocks being copied are held: at most this part of the arena
 _PAUSE_S = 5.0  # after a failed write
 _STUCK_S = 5.0  # a read that takes this long: the tier hangs, and lookups do not wait for it
+# A tier's threads need the interpreter between copies: with Python's 5 ms the bus waits for them.
+SWITCH_INTERVAL_S = 0.0001
 log = logging.getLogger("kvmesh.kvstore")
 
 

@@ -1,0 +1,29 @@
+"""docs/telemetry.md is what the table of metrics says; a renamed metric shows in the diff."""
+
+from __future__ import annotations
+
+import re
+
+from mesh.instruments import ALL, RECORDED
+from mesh.metric import Kind
+from tools.telemetry_docs import PATH, render
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PATH.read_text() == render(), "run `make docs`"
+
+
+def test_names_and_units_are_of_one_form() -> None:
+    names = [metric.name for metric in ALL.values()]
+    assert len(names) == len(set(names))
+    for metric in ALL.values():
+        assert re.fullmatch(r"(gen_ai\.server|kvmesh)(\.[a-z][a-z_]*)+", metric.name)
+        assert metric.unit in ("s", "By", "1") or re.fullmatch(r"\{[a-z]+\}", metric.unit)
+        assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+        assert list(metric.buckets) == sorted(set(metric.buckets))
+        for values in metric.attributes.values():
+            assert values and len(values) == len(set(values))
+
+
+def test_what_is_recorded_is_a_counter_or_a_histogram() -> None:
+    assert {m.kind for m in RECORDED.values()} == {Kind.COUNTER, Kind.HISTOGRAM}

@@ -1,0 +1,75 @@
+"""docs/telemetry.md, made from the table of metrics: `python -m tools.telemetry_docs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mesh.instruments import ALL, GATEWAY, OBSERVED, STORE, WORKERS
+from mesh.metric import Metric
+
+PATH = Path(__file__).resolve().parents[1] / "docs" / "telemetry.md"
+_HEAD = """# Telemetry
+
+Made from [mesh/instruments.py](../mesh/instruments.py) by `make docs`; do not edit.
+
+Every process exports traces and metrics where its settings say. OpenTelemetry's variables and the
+flags of the same meaning are both understood; nothing is exported unless one of them asks for it.
+
+| variable | flag | meaning |
+|---|---|---|
+| `OTEL_EXPORTER_OTLP_ENDPOINT` | `--otlp-endpoint` | OTLP receiver of traces and metrics |
+| `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`, `..._METRICS_ENDPOINT` | `--otlp-traces-endpoint`, `--otlp-metrics-endpoint` | one signal elsewhere |
+| `OTEL_EXPORTER_OTLP_PROTOCOL` | `--otlp-protocol` | `grpc` or `http/protobuf` |
+| `OTEL_TRACES_EXPORTER` | `--traces-exporter` | `otlp`, `console`, `none`; a list |
+| `OTEL_METRICS_EXPORTER` | `--metrics-exporter` | `otlp`, `prometheus`, `console`, `none`; a list |
+| `OTEL_EXPORTER_PROMETHEUS_PORT`, `..._HOST` | `--metrics-port`, `--metrics-host` | Prometheus' `/metrics`; 0 picks a port |
+| `OTEL_METRIC_EXPORT_INTERVAL` | `--otlp-interval-ms` | milliseconds between two exports |
+| `OTEL_SDK_DISABLED` | `--otel-sdk-disabled` | nothing is exported |
+| `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_CERTIFICATE`, `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` | | read by OpenTelemetry's SDK |
+
+`kvmesh up --metrics-port 9464` gives every process a port of its own, from 9464 on, and prints them.
+A receiver that is absent, slow or refusing changes neither start-up nor latency; what it costs is
+counted in `kvmesh.telemetry.dropped`. No prompt, token or secret is in any signal.
+
+Prometheus writes the names with underscores and the unit behind: `kvmesh.decode.step.duration` is
+`kvmesh_decode_step_duration_seconds`.
+"""
+
+
+def render() -> str:
+    """The page."""
+    parts = [_HEAD]
+    titles = (
+        ("Requests, at the gateway", GATEWAY),
+        ("Steps and transfers, at the workers", WORKERS),
+        ("Blocks, at kvstores and their clients", STORE),
+        ("Observed when they are exported", OBSERVED),
+    )
+    for title, metrics in titles:
+        parts.append(
+            f"\n## {title}\n\n| name | kind | unit | attributes | what |\n|---|---|---|---|---|"
+        )
+        parts += [_row(metric) for metric in metrics.values()]
+    parts.append("\n## Buckets\n\n| metric | upper bounds |\n|---|---|")
+    parts += [
+        f"| `{metric.name}` | {', '.join(f'{bound:g}' for bound in metric.buckets)} |"
+        for metric in ALL.values()
+        if metric.buckets
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _row(metric: Metric) -> str:
+    attributes = (
+        "; ".join(f"`{name}`: {', '.join(values)}" for name, values in metric.attributes.items())
+        .replace("<", "")
+        .replace(">", "")
+    )
+    return (
+        f"| `{metric.name}` | {metric.kind.value} | `{metric.unit}` | {attributes} | "
+        f"{metric.description} |"
+    )
+
+
+if __name__ == "__main__":
+    PATH.write_text(render())
