@@ -56,7 +56,7 @@ GATEWAY = {
     "stream_backpressure": histogram(
         "kvmesh.stream.backpressure.duration",
         "s",
-        "a client's stream that took nothing while something was there for it",
+        "of a request: its client took nothing while something was there for it",
         buckets.REQUEST_S,
     ),
     "requests": counter(

@@ -31,6 +31,7 @@ from mesh.process import num_fds, rss_num_bytes, task_count
 from mesh.status import Rate
 from mesh.telemetry import Telemetry
 from protos import status_pb2
+from services.worker_gauges import observe_worker
 from services.worker_model import fingerprint_of, load_model
 from services.worker_settings import WorkerSettings
 
@@ -78,6 +79,7 @@ class Worker:
             digest=self._digest,
             telemetry=telemetry,
         )
+        observe_worker(telemetry, self.engine, self.store, runner.cache.storage.device)
         self._discovery = Discovery(settings.kvstore)
         # Digests and tails of blocks no step writes any more: beside the engine thread, not in it.
         self._settled = ThreadPoolExecutor(1, thread_name_prefix="kv-settled")

@@ -6,6 +6,7 @@ gone ends the work at once. Never generates.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,16 @@ class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
         with self._registry.live(request_id, live):
             context.add_done_callback(lambda _: live.close())  # pyright: ignore[reportArgumentType]
             live.start()
+            blocked_s = 0.0
             try:
                 while messages := await live.outbox.take():
+                    began_at = time.monotonic()
                     for message in messages:
                         yield message
+                    blocked_s += time.monotonic() - began_at
             finally:
                 live.close()
+                self._backend.telemetry.instruments.stream_backpressure.record(blocked_s)
 
     async def Abort(  # noqa: N802 - gRPC method name
         self,

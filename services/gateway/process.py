@@ -67,6 +67,7 @@ class Gateway:
             host=settings.host, port=settings.admin_port, telemetry=telemetry
         )
         self._add_services(backend, tokenizer)
+        telemetry.observe("peer_state", self.router.peer_states)
 
     @property
     def is_ready(self) -> bool:

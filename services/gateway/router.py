@@ -84,6 +84,15 @@ class Router:
             )
         return self._model
 
+    def peer_states(self) -> list[tuple[int, dict[str, str]]]:
+        """How many instances there are, by role and whether they take work."""
+        groups = (("prefill", self.prefills), ("decode", self.decodes), ("kvstore", self.kvstores))
+        return [
+            (sum(i.is_ready is is_ready for i in instances), {"role": role, "state": state})
+            for role, instances in groups
+            for is_ready, state in ((True, "ready"), (False, "not_ready"))
+        ]
+
     async def start(self) -> None:
         """Opens sessions and begins polling."""
         for session in self._sessions:

@@ -52,6 +52,7 @@ class LowerTier:
         self._memory = memory
         self._room = room
         self.num_skipped = 0  # blocks that the queue had no room for
+        self.num_evicted = 0  # copies that made room for others
         self.copies = blocks.copies(place)
         self.leaves = LruLeaves(blocks, self)
         self._queue: deque[int] = deque()  # sealed rows without a copy; some have gone since
@@ -200,6 +201,7 @@ class LowerTier:
             victim = self.leaves.peek()
             if victim == NOBODY:
                 return False
+            self.num_evicted += 1
             self.forget(victim)
         return True
 

@@ -26,6 +26,7 @@ class MemoryTier:
         self._blocks = blocks
         self._slots = slots
         self.tenants = Tenants(tenant_num_bytes)
+        self.num_evicted = {"room": 0, "quota": 0}
         self._of_tenants = TenantLeaves(blocks, self) if tenant_num_bytes else None
         self.leaves = self._of_tenants or LruLeaves(blocks, self)
 
@@ -50,6 +51,7 @@ class MemoryTier:
                 if not self._could_fit(num_bytes):
                     return None
                 is_worthwhile = True
+            self.num_evicted["room"] += 1
             self.evict(victim)
         return offset
 
@@ -136,6 +138,7 @@ class MemoryTier:
             victim = self._of_tenants.peek_of(tenant)
             if victim == NOBODY:
                 return False
+            self.num_evicted["quota"] += 1
             self.evict(victim)
         return True
 
