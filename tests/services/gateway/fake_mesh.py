@@ -156,8 +156,12 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
     failures_after_closing: list[grpc.StatusCode] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     is_gated: bool = False
+    closing_gate: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.closing_gate.set()
 
     def register(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -172,6 +176,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         try:
             yield prefill_pb2.PrefillResponse(started=started)
             self.arrived.set()
+            await self.closing_gate.wait()
             if request.stopping.max_new_tokens > 1:
                 closing = prefill_pb2.PrefillClosing(handoff=_handoff(request))
                 yield prefill_pb2.PrefillResponse(closing=closing)
