@@ -70,23 +70,14 @@ class Ends:
         sampling = common_pb2.SamplingParams(temperature=0.0)
         stopping = common_pb2.StoppingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True)
         state = common_pb2.SequenceState(seed=1)
-        call = self._prefill.Prefill(
-            prefill_pb2.PrefillRequest(
-                prompt_token_ids=prompt,
-                sequences=[state],
-                sampling=sampling,
-                stopping=stopping,
-                tail_key=secrets.token_bytes(32),
-            )
+        request = prefill_pb2.PrefillRequest(
+            prompt_token_ids=prompt,
+            sequences=[state],
+            sampling=sampling,
+            stopping=stopping,
+            tail_key=secrets.token_bytes(32),
         )
-        finished = prefill_pb2.PrefillFinished()
-        async for event in call:
-            if event.HasField("closing") and not cold:
-                await self._prefetch(prompt, event.closing.handoff)
-            elif event.HasField("finished"):
-                finished = event.finished
-                break
-        call.cancel()
+        finished = await self._finished(request, prefetches=not cold)
         state.output_token_ids.append(finished.first_tokens[0].token_id)
         admit = decode_pb2.Admit(
             handle=self._handle,
@@ -106,9 +97,23 @@ class Ends:
             token_ids=[*state.output_token_ids, *tokens],
         )
 
-    async def _prefetch(self, prompt: list[int], handoff: common_pb2.Handoff) -> None:
-        command = decode_pb2.Prefetch(handle=self._handle, prompt_token_ids=prompt, handoff=handoff)
-        await self._session.write(decode_pb2.SessionRequest(prefetch=command))
+    async def _finished(
+        self, request: prefill_pb2.PrefillRequest, *, prefetches: bool
+    ) -> prefill_pb2.PrefillFinished:
+        """Prefill's answer; the rank begins to pull when its last chunk is under way."""
+        call = self._prefill.Prefill(request)
+        async for event in call:
+            if event.HasField("closing") and prefetches:
+                prefetch = decode_pb2.Prefetch(
+                    handle=self._handle,
+                    prompt_token_ids=request.prompt_token_ids,
+                    handoff=event.closing.handoff,
+                )
+                await self._session.write(decode_pb2.SessionRequest(prefetch=prefetch))
+            elif event.HasField("finished"):
+                call.cancel()
+                return event.finished
+        raise RuntimeError("prefill ended without an answer")
 
     async def _decode(
         self, admit: decode_pb2.Admit

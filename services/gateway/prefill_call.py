@@ -14,6 +14,7 @@ import grpc
 from mesh.errors import Unavailable, from_rpc_error
 from protos import prefill_pb2, prefill_pb2_grpc
 from services.gateway.instance import Instance
+from services.gateway.session import END
 
 # Longest computation of one prompt; the client's own deadline cancels earlier.
 PREFILL_TIMEOUT_S = 600.0
@@ -40,7 +41,7 @@ async def call_prefill(
 
     try:
         with instance.when_lost(lose):
-            async for response in call:
+            while (response := await call.read()) is not END:
                 event = response.WhichOneof("event")
                 if event == "started":
                     on_started(response.started)
