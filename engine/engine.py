@@ -140,6 +140,13 @@ class Engine:
             self.wake()
             raise
 
+    def allocate_now(self, num_blocks: int, priority: int = 0) -> list[int] | None:
+        """num_blocks blocks if a newcomer may take them this moment and nobody waits, else None."""
+        spare = self._scheduler.num_spare(priority, self._pool)
+        if self._is_closed or self.num_waiting or num_blocks > spare:
+            return None
+        return self._pool.allocate(num_blocks)
+
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """Runs fn(*args) in the engine thread between steps; when cancelled, still waits for it."""
         return await self._pipeline.call(fn, *args)
@@ -276,6 +283,7 @@ class Engine:
             num_cancelled=num_cancelled,
             num_discarded=num_discarded,
             graph_rows=step.graph_rows,
+            done_at=landed.done_at,
             items=items,
         )
 

@@ -57,17 +57,21 @@ class Flight:
     batch: list[Scheduled]
     launched: concurrent.futures.Future[Step]
     schedule_s: float
-    launched_at: float = field(default_factory=time.perf_counter)
+    launched_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landed:
-    """A flight that is over. gap_s: seconds from the step before, or its launch, to its start."""
+    """A flight that is over. gap_s: seconds from the step before, or its launch, to its start.
+
+    done_at: when its results were there, on the monotonic clock.
+    """
 
     flight: Flight
     step: Step
     results: list[ChunkResult]
     gap_s: float
+    done_at: float
 
 
 class Pipeline:
@@ -92,16 +96,17 @@ class Pipeline:
         flight = self.flights[0]
         step = await outcome(flight.launched)
         if step.is_done:
-            results = self._runner.results(step)
+            results, done_at = _results(self._runner, step)
         else:
-            results = await outcome(self._waits.submit(self._runner.results, step))
+            waited = self._waits.submit(_results, self._runner, step)
+            results, done_at = await outcome(waited)
         if len(results) != len(flight.batch):
             raise RuntimeError(f"{len(results)} results for {len(flight.batch)} chunks")
         started_at = max(self._last_done_at, flight.launched_at)
-        self._last_done_at = time.perf_counter()
-        gap_s = self._last_done_at - started_at - step.forward_s - step.sample_s
+        self._last_done_at = done_at
+        gap_s = max(0.0, done_at - started_at - step.forward_s - step.sample_s)
         self.flights.popleft()
-        return Landed(flight=flight, step=step, results=results, gap_s=max(0.0, gap_s))
+        return Landed(flight=flight, step=step, results=results, gap_s=gap_s, done_at=done_at)
 
     async def wait(self) -> None:
         """Waits until no flight computes any more, whatever came of them."""
@@ -124,6 +129,11 @@ def _launch(
     runner: Runner, chunks: list[Chunk], previous: concurrent.futures.Future[Step] | None
 ) -> Step:
     return runner.launch(chunks, previous.result() if previous is not None else None)
+
+
+def _results(runner: Runner, step: Step) -> tuple[list[ChunkResult], float]:
+    """The results and when they were there: the loop may see them late."""
+    return runner.results(step), time.monotonic()
 
 
 async def outcome(future: concurrent.futures.Future[T]) -> T:

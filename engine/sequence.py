@@ -261,9 +261,10 @@ class StepOutcome:
 
     Sequences dropped or finished while the step ran are not among the items: num_cancelled and
     num_discarded count the tokens of either kind. graph_rows: of the CUDA graph that was replayed,
-    0 without one, None where there are no graphs. All times are seconds: schedule_s on the loop,
-    forward_s and sample_s where the tensors are, gap_s between the end of the step before (or this
-    one's launch) and its start, emit_s in the callback of the step before.
+    0 without one, None where there are no graphs. done_at is when the results were there, on the
+    monotonic clock. All times are seconds: schedule_s on the loop, forward_s and sample_s where the
+    tensors are, gap_s between the end of the step before (or this one's launch) and its start,
+    emit_s in the callback of the step before.
     """
 
     step: int
@@ -275,6 +276,7 @@ class StepOutcome:
     num_cancelled: int
     num_discarded: int
     graph_rows: int | None
+    done_at: float
     items: list[StepItem]
 
     @property

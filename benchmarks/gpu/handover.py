@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu.handover [--write]
 
-Timed: from the end of the prompt's last kernel until the decode rank says that KV is in place and
-verified, control messages included: what the answers of both services leave of the wall time after
-queueing and computing. Each prompt is one chunk, so all its blocks move then (with smaller chunks
-most would move while the next chunk computes). Qwen3-8B-shaped random weights, FP8, KV bf16; first
-a greedy answer is compared with that of a prompt whose KV was computed on the decode rank itself.
+Timed: from the end of the prompt's last kernel (when its results are on the host, as prefill says
+on the clock that all processes here share) until the caller reads from the decode rank that KV is
+in place and verified. All messages between the three are in it. The rank is chosen, and its Lookup
+waits, while the prompt is computed, as with the gateway. Each prompt is one chunk, so all its
+blocks move after it (with smaller chunks most would move while the next chunk computes).
+Qwen3-8B-shaped random weights, FP8, KV bf16; first a greedy answer is compared with that of a
+prompt whose KV was computed on the decode rank itself.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ _BLOCK_NUM_BYTES = 2 * 36 * 8 * 128 * 2 * 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandOver:
-    """One prompt's: seconds in all, of sealing, of pulling and verifying; its tokens."""
+    """One prompt's: seconds in all, until prefill's answer, from Admit on; its tokens."""
 
     total_s: float
     put_s: float
@@ -61,24 +63,24 @@ class Ends:
         self._handle = 0
 
     async def hand_over(self, prompt: list[int], *, cold: bool = False) -> HandOver:
-        """Prefill, then decode. cold: the rank gets no hand-off and another salt: it recomputes."""
+        """Prefill and prefetch, then decode. cold: the rank gets no hand-off and another salt, so
+        that it recomputes.
+        """
+        self._handle += 1
         sampling = common_pb2.SamplingParams(temperature=0.0)
         stopping = common_pb2.StoppingParams(max_new_tokens=NUM_TOKENS, ignore_eos=True)
         state = common_pb2.SequenceState(seed=1)
-        sent_at = time.monotonic()
-        call = self._prefill.Prefill(
-            prefill_pb2.PrefillRequest(
-                prompt_token_ids=prompt,
-                sequences=[state],
-                sampling=sampling,
-                stopping=stopping,
-                tail_key=secrets.token_bytes(32),
-            )
+        request = prefill_pb2.PrefillRequest(
+            prompt_token_ids=prompt,
+            sequences=[state],
+            sampling=sampling,
+            stopping=stopping,
+            tail_key=secrets.token_bytes(32),
         )
-        events = [event async for event in call]
-        started, finished = events[0].started, events[-1].finished
+        finished = await self._finished(request, prefetches=not cold)
         state.output_token_ids.append(finished.first_tokens[0].token_id)
         admit = decode_pb2.Admit(
+            handle=self._handle,
             prompt_token_ids=prompt,
             sequences=[state],
             sampling=sampling,
@@ -88,19 +90,35 @@ class Ends:
         )
         admitted, admitted_at, tokens = await self._decode(admit)
         return HandOver(
-            total_s=admitted_at - sent_at - started.queue_s - finished.prefill_s,
+            total_s=admitted_at - finished.computed_at,
             put_s=finished.put_s,
             get_s=admitted.get_s,
             num_pulled=admitted.num_pulled_tokens,
             token_ids=[*state.output_token_ids, *tokens],
         )
 
+    async def _finished(
+        self, request: prefill_pb2.PrefillRequest, *, prefetches: bool
+    ) -> prefill_pb2.PrefillFinished:
+        """Prefill's answer; the rank begins to pull when its last chunk is under way."""
+        call = self._prefill.Prefill(request)
+        async for event in call:
+            if event.HasField("closing") and prefetches:
+                prefetch = decode_pb2.Prefetch(
+                    handle=self._handle,
+                    prompt_token_ids=request.prompt_token_ids,
+                    handoff=event.closing.handoff,
+                )
+                await self._session.write(decode_pb2.SessionRequest(prefetch=prefetch))
+            elif event.HasField("finished"):
+                call.cancel()
+                return event.finished
+        raise RuntimeError("prefill ended without an answer")
+
     async def _decode(
         self, admit: decode_pb2.Admit
     ) -> tuple[decode_pb2.Admitted, float, list[int]]:
         """How and when the request was admitted, and its tokens."""
-        self._handle += 1
-        admit.handle = self._handle
         await self._session.write(decode_pb2.SessionRequest(admit=admit))
         admitted, admitted_at = decode_pb2.Admitted(), 0.0
         tokens: list[int] = []
@@ -180,7 +198,7 @@ def _row(length: int, runs: list[HandOver]) -> dict[str, object]:
         "max_ms": totals[-1],
         "put_ms": put_ms,
         "get_ms": get_ms,
-        "get_gb_per_s": num_bytes / get_ms / 1e6,
+        "gb_per_s": num_bytes / statistics.median(totals) / 1e6,
         "must_ms": must,
         "aim_ms": aim or "",
         "ratio": must / statistics.median(totals),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kv.block import block_keys, prefix_identity
 from protos import common_pb2, decode_pb2
+from services.decode.prefetch import Prefetch
+from services.decode.pulling import pull
 from services.worker import Worker
 
 Start = Callable[[common_pb2.SequenceState, list[int], int], None]
@@ -18,10 +19,18 @@ Start = Callable[[common_pb2.SequenceState, list[int], int], None]
 class Admission:
     """Places the sequences of one request on a worker."""
 
-    def __init__(self, worker: Worker, admit: decode_pb2.Admit, root: bytes, start: Start) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        admit: decode_pb2.Admit,
+        root: bytes,
+        prefetch: Prefetch | None,
+        start: Start,
+    ) -> None:
         self._worker = worker
         self._admit = admit
         self._root = root
+        self._prefetch = prefetch
         self._start = start
 
     async def place(self) -> int:
@@ -35,7 +44,7 @@ class Admission:
             raise ValueError("sequences is empty; at least one is needed")
         prompt = list(self._admit.prompt_token_ids)
         tokens = [*prompt, *states[0].output_token_ids]
-        blocks, num_computed = await self._pull(tokens)
+        blocks, num_computed = await self._find(tokens)
         # Pinned until the last fork is made: the first sequence may finish meanwhile.
         self._worker.pool.share(blocks)
         diverged = []
@@ -53,35 +62,25 @@ class Admission:
             self._start(state, *await self._pull(own))
         return num_computed
 
+    async def _find(self, tokens: list[int]) -> tuple[list[int], int]:
+        """The KV of all tokens but the last: prefetched if all of it was, else pulled now."""
+        prefetch = self._prefetch
+        if prefetch is None:
+            return await self._pull(tokens)
+        if prefetch.is_for(self._admit) and (blocks := await prefetch.take()):
+            return blocks, len(tokens) - 1
+        prefetch.close()
+        return await self._pull(tokens)
+
     async def _pull(self, tokens: list[int]) -> tuple[list[int], int]:
         """Gets KV for all tokens but the last: sealed blocks and the private tail."""
         worker, admit = self._worker, self._admit
-        block_tokens = worker.block_tokens
-        num_needed = len(tokens) - 1
-        keys = block_keys(self._root, tokens[:num_needed], block_tokens)
-        blocks = await worker.engine.allocate(-(-num_needed // block_tokens), admit.priority)
+        needed = tokens[:-1]
+        num_blocks = worker.pool.num_blocks_for(len(needed))
+        blocks = await worker.engine.allocate(num_blocks, admit.priority)
+        handoff = admit.handoff if admit.HasField("handoff") else None
         try:
-            tail_key = admit.handoff.tail_key if self._has_tail(num_needed) else b""
-            num_pulled, has_tail = await worker.pull(
-                keys, blocks, tail_key, waits_for_writers=admit.HasField("handoff")
-            )
-            if has_tail and num_pulled == len(keys):
-                return blocks, num_needed
-            return blocks, num_pulled * block_tokens
+            return blocks, await pull(worker, self._root, needed, blocks, handoff)
         except BaseException:
             worker.release(blocks)
             raise
-
-    def _has_tail(self, num_needed: int) -> bool:
-        """Whether the hand-off's tail is exactly what these tokens need."""
-        admit = self._admit
-        handoff = admit.handoff
-        if not handoff.tail_key or handoff.num_tokens != num_needed:
-            return False
-        prompt = admit.prompt_token_ids[: handoff.num_tokens]
-        identity = prefix_identity(self._root, prompt, self._worker.block_tokens)
-        if identity != handoff.identity:
-            failures = self._worker.telemetry.instruments.kv_verify_failures
-            failures.add(1, {"reason": "identity"})
-            return False
-        return True

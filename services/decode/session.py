@@ -20,6 +20,7 @@ from mesh.errors import KvmeshError
 from protos import common_pb2, decode_pb2
 from services import wire
 from services.decode.admission import Admission
+from services.decode.prefetch import Prefetch
 from services.decode.sealing import SealedBlocks
 from services.worker import Worker
 
@@ -34,6 +35,7 @@ class Request:
 
     admit: decode_pb2.Admit
     root: bytes
+    prefetch: Prefetch | None
     admission: asyncio.Task[None] | None = None
     sequences: dict[int, Sequence] = field(default_factory=dict)
     sealed: dict[int, SealedBlocks] = field(default_factory=dict)
@@ -56,6 +58,7 @@ class Session:
         self._worker = worker
         self._session_id = session_id
         self._requests: dict[int, Request] = {}
+        self._prefetches: dict[int, Prefetch] = {}  # of requests that are not admitted yet
         self._pending = decode_pb2.SessionResponse()
         self._outputs: dict[SequenceKey, decode_pb2.SequenceOutput] = {}
         self._has_pending = asyncio.Event()
@@ -63,8 +66,8 @@ class Session:
 
     @property
     def num_requests(self) -> int:
-        """Live requests on this session."""
-        return len(self._requests)
+        """Live requests on this session, prefetched ones included."""
+        return len(self._requests) + len(self._prefetches)
 
     async def next_message(self) -> decode_pb2.SessionResponse | None:
         """Waits for something to say; a slow stream gets several steps in one message. None at the
@@ -92,14 +95,19 @@ class Session:
             cancel = command.cancel
             index = cancel.sequence_index if cancel.HasField("sequence_index") else None
             self._cancel(cancel.handle, index)
+        elif command.HasField("prefetch"):
+            self._prefetch(command.prefetch)
 
     def close(self) -> None:
         """Drops every request; blocks are free at once or after the step that runs over them."""
-        for handle in list(self._requests):
+        for handle in [*self._requests, *self._prefetches]:
             self._cancel(handle, None)
 
     def check(self) -> None:
         """Asserts that a request is being admitted or has sequences, each live in the engine."""
+        for handle, prefetch in self._prefetches.items():
+            assert handle not in self._requests, f"handle {handle} is admitted and is to be"
+            prefetch.check()
         for handle, request in self._requests.items():
             assert request.sequences.keys() == request.sealed.keys(), f"handle {handle}: sealing"
             is_admitted = request.admission is None or request.admission.done()
@@ -135,9 +143,29 @@ class Session:
                 admit.handle, grpc.StatusCode.ALREADY_EXISTS, f"handle {admit.handle} is live"
             )
             return
-        request = Request(admit=admit, root=self._worker.root(admit.cache_salt))
+        if prefetch := self._prefetches.pop(admit.handle, None):
+            prefetch.keep()
+        root = self._worker.root(admit.cache_salt)
+        request = Request(admit=admit, root=root, prefetch=prefetch)
         self._requests[admit.handle] = request
         request.admission = asyncio.ensure_future(self._run_admission(request))
+
+    def _prefetch(self, command: decode_pb2.Prefetch) -> None:
+        """Begins to pull if there is memory now; says nothing, whatever becomes of it."""
+        worker, handle = self._worker, command.handle
+        if handle in self._requests or handle in self._prefetches:
+            return
+        num_tokens = len(command.prompt_token_ids)
+        try:
+            worker.check_request(command.fingerprint, num_tokens)
+        except KvmeshError as error:
+            log.debug("no prefetch of %s: %s", command.request_id, error)
+            return
+        num_blocks = worker.pool.num_blocks_for(num_tokens)
+        blocks = worker.engine.allocate_now(num_blocks, command.priority)
+        if blocks is not None:
+            expire = functools.partial(self._cancel, handle, None)
+            self._prefetches[handle] = Prefetch(worker, command, blocks, expire)
 
     async def _run_admission(self, request: Request) -> None:
         admit = request.admit
@@ -152,6 +180,7 @@ class Session:
                     self._worker,
                     admit,
                     request.root,
+                    request.prefetch,
                     functools.partial(self._start_sequence, request),
                 )
                 num_pulled = await admission.place()
@@ -216,6 +245,8 @@ class Session:
         output.finish_reason = wire.finish_reason(item.finish_reason)
 
     def _cancel(self, handle: int, sequence_index: int | None) -> None:
+        if prefetch := self._prefetches.pop(handle, None):
+            prefetch.close()
         request = self._requests.get(handle)
         if request is None:
             return
@@ -229,6 +260,8 @@ class Session:
         current = asyncio.current_task()
         if request.admission and request.admission is not current:
             request.admission.cancel()
+        if request.prefetch is not None:
+            request.prefetch.close()
         for sequence in request.sequences.values():
             self._worker.engine.drop(sequence)
 

@@ -32,11 +32,13 @@ class Placement:
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.num_pulled_tokens: int | None = None
 
-    async def run(self, admit: decode_pb2.Admit) -> None:
-        """Admits and waits until every sequence has ended; raises what the rank failed with."""
+    async def run(self, admit: decode_pb2.Admit, prefetched: int | None) -> None:
+        """Admits, under the handle of a prefetch if there is one, and waits until every sequence
+        has ended; raises what the rank failed with.
+        """
         num_tokens = len(admit.prompt_token_ids) + len(admit.sequences)
         with self._session.instance.load(num_tokens):
-            self._handle = self._session.admit(admit, self)
+            self._handle = self._session.admit(admit, self, prefetched)
             await self._over
 
     def close(self) -> None:

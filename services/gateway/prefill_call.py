@@ -14,6 +14,7 @@ import grpc
 from mesh.errors import Unavailable, from_rpc_error
 from protos import prefill_pb2, prefill_pb2_grpc
 from services.gateway.instance import Instance
+from services.gateway.session import END
 
 # Longest computation of one prompt; the client's own deadline cancels earlier.
 PREFILL_TIMEOUT_S = 600.0
@@ -23,8 +24,9 @@ async def call_prefill(
     instance: Instance,
     request: prefill_pb2.PrefillRequest,
     on_started: Callable[[prefill_pb2.PrefillStarted], None],
+    on_closing: Callable[[prefill_pb2.PrefillClosing], None],
 ) -> prefill_pb2.PrefillFinished:
-    """Runs the call to its end; cancelling the caller cancels it at the instance.
+    """Runs the call until it has finished; cancelling the caller cancels it at the instance.
 
     Raises the instance's error as a KvmeshError, Unavailable when it is lost or ends early.
     """
@@ -32,7 +34,6 @@ async def call_prefill(
         request, timeout=PREFILL_TIMEOUT_S
     )
     lost: list[str] = []
-    finished: prefill_pb2.PrefillFinished | None = None
 
     def lose(reason: str) -> None:
         lost.append(reason)
@@ -40,12 +41,14 @@ async def call_prefill(
 
     try:
         with instance.when_lost(lose):
-            async for response in call:
+            while (response := await call.read()) is not END:
                 event = response.WhichOneof("event")
                 if event == "started":
                     on_started(response.started)
+                elif event == "closing":
+                    on_closing(response.closing)
                 elif event == "finished":
-                    finished = response.finished
+                    return response.finished
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     except asyncio.CancelledError:
@@ -54,9 +57,7 @@ async def call_prefill(
         raise _gone(instance, lost[0]) from None
     finally:
         call.cancel()
-    if finished is None:
-        raise _gone(instance, "the call ended without an answer")
-    return finished
+    raise _gone(instance, "the call ended without an answer")
 
 
 def _gone(instance: Instance, why: str) -> Unavailable:

@@ -14,18 +14,21 @@ from dataclasses import dataclass
 
 from mesh.errors import Internal, InvalidArgument, KvmeshError, Unavailable
 from mesh.telemetry import Telemetry
-from protos import common_pb2, decode_pb2, gateway_pb2, prefill_pb2
+from protos import common_pb2, gateway_pb2, prefill_pb2
 from services.gateway import validation
 from services.gateway.catalog import ServedModel
+from services.gateway.commands import Commands
 from services.gateway.instance import Instance
 from services.gateway.ledger import Ledger
 from services.gateway.logprob_text import fill_texts
 from services.gateway.outbox import Outbox
 from services.gateway.placement import Placement
+from services.gateway.prefetch import Prefetch
 from services.gateway.prefill_call import call_prefill
 from services.gateway.router import Router
 from services.gateway.seeds import sequence_seed
 from services.gateway.sequence import Sequence
+from services.gateway.session import RankSession
 from services.gateway.stop_strings import StopStrings
 from services.gateway.stores import Stores
 from services.gateway.tokenizer import Tokenizer
@@ -59,7 +62,8 @@ class Request:
         self._state = "cancelled"
         self._task: asyncio.Task[None] | None = None
         self._prompt_token_ids: list[int] = []
-        self._max_new_tokens = 0
+        self._commands = Commands(valid=valid, prompt_token_ids=[], max_new_tokens=0)
+        self._prefetch: Prefetch | None = None
         self._fingerprint = b""
         self._handoff: common_pb2.Handoff | None = None
         # Chosen here, so that the tail can be discarded even when prefill's answer never arrived.
@@ -119,6 +123,7 @@ class Request:
                 rejected.add(1, {"reason": error.reason})
             self.outbox.fail(error)
         finally:
+            self._end_prefetch()
             self._discard_tail()
             self._ledger.record(self._backend.telemetry.instruments, self._state, self._output_lens)
 
@@ -134,8 +139,11 @@ class Request:
             ids = await tokenizer.encode(prompt.text)
         else:
             ids = list(prompt.token_ids)
-        self._max_new_tokens = validation.max_new_tokens(self._valid, len(ids), context_len)
+        max_new_tokens = validation.max_new_tokens(self._valid, len(ids), context_len)
         self._prompt_token_ids = ids
+        self._commands = Commands(
+            valid=self._valid, prompt_token_ids=ids, max_new_tokens=max_new_tokens
+        )
         self._ledger.num_prompt_tokens = len(ids)
 
     async def _prefill(self) -> None:
@@ -146,10 +154,14 @@ class Request:
             instance, self._fingerprint = await router.prefill(self._valid.session_id, avoid)
             try:
                 with instance.load(len(self._prompt_token_ids)):
+                    command = self._commands.prefill(
+                        self._sequences, self._fingerprint, self._tail_key
+                    )
                     finished = await call_prefill(
-                        instance, self._prefill_request(), self._on_started
+                        instance, command, self._on_started, self._on_closing
                     )
             except KvmeshError as error:
+                self._end_prefetch()
                 self._count_failure("prefill", instance, error, attempt)
                 avoid.add(instance.address)
                 continue
@@ -162,11 +174,13 @@ class Request:
         attempt = 0
         while live := [s for s in self._sequences if s.finished is None]:
             attempt += 1
-            router = self._backend.router
-            rank = await router.rank(self._fingerprint, self._valid.session_id, avoid)
+            rank, prefetched = await self._rank(avoid)
             placement = Placement(rank, live, self.outbox, self._ledger)
+            admit = self._commands.admit(
+                live, self._handoff, self._fingerprint, self._backend.telemetry.traceparent()
+            )
             try:
-                await placement.run(self._admit(live))
+                await placement.run(admit, prefetched)
             except KvmeshError as error:
                 self._count_failure("decode", rank.instance, error, attempt)
                 avoid.add(rank.instance.address)
@@ -175,6 +189,14 @@ class Request:
                 if placement.num_pulled_tokens == len(self._prompt_token_ids):
                     self._tail_key = b""  # pulled, so the store has dropped the tail
                 self._discard_tail()
+
+    async def _rank(self, avoid: set[str]) -> tuple[RankSession, int | None]:
+        """A rank, and the handle under which it pulls already if it does."""
+        prefetch, self._prefetch = self._prefetch, None
+        if prefetch is not None and (handle := prefetch.take()) is not None:
+            return prefetch.session, handle
+        router = self._backend.router
+        return await router.rank(self._fingerprint, self._valid.session_id, avoid), None
 
     def _sequence(self, index: int) -> Sequence:
         stopping = self._valid.stopping
@@ -193,6 +215,18 @@ class Request:
         self._ledger.on_started(started.num_cached_tokens)
         if self._valid.num_prompt_logprobs is None:
             self._send_info(())
+
+    def _on_closing(self, closing: prefill_pb2.PrefillClosing) -> None:
+        rank = self._backend.router.rank_now(self._fingerprint, self._valid.session_id)
+        if rank is not None:
+            traceparent = self._backend.telemetry.traceparent()
+            command = self._commands.prefetch(closing.handoff, self._fingerprint, traceparent)
+            self._prefetch = Prefetch(rank, command)
+
+    def _end_prefetch(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
 
     def _take_first_tokens(self, finished: prefill_pb2.PrefillFinished) -> None:
         ledger = self._ledger
@@ -225,48 +259,6 @@ class Request:
         if self._valid.echo:
             for sequence in self._sequences:
                 self.outbox.put(sequence.echo(self._prompt_token_ids))
-
-    def _prefill_request(self) -> prefill_pb2.PrefillRequest:
-        valid = self._valid
-        return prefill_pb2.PrefillRequest(
-            request_id=valid.request_id,
-            prompt_token_ids=self._prompt_token_ids,
-            sequences=[sequence.state() for sequence in self._sequences],
-            sampling=valid.sampling,
-            stopping=self._stopping(),
-            eos_token_ids=valid.eos_token_ids,
-            logprobs=valid.num_logprobs,
-            prompt_logprobs=valid.num_prompt_logprobs,
-            priority=valid.priority,
-            cache_salt=valid.cache_salt,
-            fingerprint=self._fingerprint,
-            tail_key=self._tail_key,
-        )
-
-    def _admit(self, live: list[Sequence]) -> decode_pb2.Admit:
-        valid = self._valid
-        return decode_pb2.Admit(
-            request_id=valid.request_id,
-            prompt_token_ids=self._prompt_token_ids,
-            sequences=[sequence.state() for sequence in live],
-            sampling=valid.sampling,
-            stopping=self._stopping(),
-            eos_token_ids=valid.eos_token_ids,
-            logprobs=valid.num_logprobs,
-            priority=valid.priority,
-            cache_salt=valid.cache_salt,
-            handoff=self._handoff,
-            traceparent=self._backend.telemetry.traceparent(),
-            fingerprint=self._fingerprint,
-        )
-
-    def _stopping(self) -> common_pb2.StoppingParams:
-        """As the workers see it: the length is fixed and stop strings stay here."""
-        stopping = common_pb2.StoppingParams()
-        stopping.CopyFrom(self._valid.stopping)
-        stopping.max_new_tokens = self._max_new_tokens
-        stopping.ClearField("stop_strings")
-        return stopping
 
     def _count_failure(
         self, phase: str, instance: Instance, error: KvmeshError, attempt: int

@@ -165,19 +165,24 @@ class Router:
     async def rank(self, fingerprint: bytes, session_id: str, avoid: Iterable[str]) -> RankSession:
         """Waits for a decode rank with this fingerprint and an open session."""
         avoided = frozenset(avoid)
+        return await self._wait_for(
+            lambda: self.rank_now(fingerprint, session_id, avoided),
+            f"decode rank with fingerprint {fingerprint.hex()[:16]}",
+        )
 
-        def find() -> RankSession | None:
-            ready = {
-                session.instance.address: session
-                for session in self._sessions
-                if session.is_open
-                and session.instance.model
-                and session.instance.model.fingerprint == fingerprint
-            }
-            chosen = self._choose([s.instance for s in ready.values()], session_id, avoided)
-            return ready[chosen.address] if chosen else None
-
-        return await self._wait_for(find, f"decode rank with fingerprint {fingerprint.hex()[:16]}")
+    def rank_now(
+        self, fingerprint: bytes, session_id: str, avoid: frozenset[str] = frozenset()
+    ) -> RankSession | None:
+        """The rank that `rank` would return at once, if there is one."""
+        ready = {
+            session.instance.address: session
+            for session in self._sessions
+            if session.is_open
+            and session.instance.model
+            and session.instance.model.fingerprint == fingerprint
+        }
+        chosen = self._choose([s.instance for s in ready.values()], session_id, avoid)
+        return ready[chosen.address] if chosen else None
 
     def _make(self, role: status_pb2.Role, address: str) -> Instance:
         return Instance(role, address, open_channel(address, self._telemetry))

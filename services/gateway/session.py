@@ -66,6 +66,7 @@ class RankSession:
         self._on_change = on_change
         self._handles = itertools.count(1)
         self._mailboxes: dict[int, Mailbox] = {}
+        self._prefetches: set[int] = set()  # handles on this stream that are not admitted yet
         self._commands: asyncio.Queue[decode_pb2.SessionRequest] = asyncio.Queue()
         self._is_open = False
         self._task: asyncio.Task[None] | None = None
@@ -77,8 +78,8 @@ class RankSession:
 
     @property
     def num_requests(self) -> int:
-        """Requests on the stream."""
-        return len(self._mailboxes)
+        """Requests on the stream, prefetched ones included."""
+        return len(self._mailboxes) + len(self._prefetches)
 
     def start(self) -> None:
         """Begins opening the stream."""
@@ -90,28 +91,47 @@ class RankSession:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def admit(self, admit: decode_pb2.Admit, mailbox: Mailbox) -> int:
-        """Sends a request to the rank; returns its handle. Raises Unavailable without a stream."""
-        if not self._is_open:
-            raise self._lost("the session is not open")
-        handle = next(self._handles)
-        admit.handle = handle
+    def prefetch(self, command: decode_pb2.Prefetch) -> int:
+        """Lets the rank pull ahead; returns the handle. Raises Unavailable without a stream."""
+        handle = command.handle = self._new_handle()
+        self._prefetches.add(handle)
+        self._commands.put_nowait(decode_pb2.SessionRequest(prefetch=command))
+        return handle
+
+    def has_prefetch(self, handle: int) -> bool:
+        """Whether this stream is still the one on which that prefetch was sent."""
+        return handle in self._prefetches
+
+    def admit(
+        self, admit: decode_pb2.Admit, mailbox: Mailbox, prefetched: int | None = None
+    ) -> int:
+        """Sends a request to the rank, under the handle of its prefetch if there is one; returns
+        the handle. Raises Unavailable without a stream.
+        """
+        handle = admit.handle = self._new_handle() if prefetched is None else prefetched
+        self._prefetches.discard(handle)
         self._mailboxes[handle] = mailbox
         self._commands.put_nowait(decode_pb2.SessionRequest(admit=admit))
         return handle
 
     def cancel(self, handle: int, sequence_index: int | None = None) -> None:
         """Ends one sequence at the rank, or the request, of which nothing is heard any more."""
-        if handle not in self._mailboxes:
+        if handle not in self._mailboxes and handle not in self._prefetches:
             return
         if sequence_index is None:
-            del self._mailboxes[handle]
+            self.forget(handle)
         cancel = decode_pb2.Cancel(handle=handle, sequence_index=sequence_index)
         self._commands.put_nowait(decode_pb2.SessionRequest(cancel=cancel))
 
     def forget(self, handle: int) -> None:
         """The rank has finished the request."""
         self._mailboxes.pop(handle, None)
+        self._prefetches.discard(handle)
+
+    def _new_handle(self) -> int:
+        if not self._is_open:
+            raise self._lost("the session is not open")
+        return next(self._handles)
 
     async def _run(self) -> None:
         backoff_s = MIN_BACKOFF_S
@@ -182,6 +202,7 @@ class RankSession:
     def _end(self, error: KvmeshError) -> None:
         was_open, self._is_open = self._is_open, False
         mailboxes, self._mailboxes = self._mailboxes, {}
+        self._prefetches.clear()
         if was_open:
             log.warning("session with %s ended: %s", self.instance.address, error)
             self.instance.fail(str(error))

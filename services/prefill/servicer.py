@@ -7,6 +7,7 @@ the first token.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -57,6 +58,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._prompts[prompt_id] = prompt
         try:
             yield prefill_pb2.PrefillResponse(started=await prompt.start())
+            if prompt.can_go_on:
+                yield prefill_pb2.PrefillResponse(closing=await prompt.closing())
             finished = await prompt.finish()
             prompt.is_handed_off = True
             yield prefill_pb2.PrefillResponse(finished=finished)
@@ -81,7 +84,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         num_computed = 0
         for item in outcome.items:
             num_computed += item.num_computed_after - item.num_computed_before
-            self._prompts[item.sequence.key].on_step(item)
+            self._prompts[item.sequence.key].on_step(item, outcome.done_at)
+        for prompt in self._prompts.values():
+            prompt.look_for_last_chunk()
         instruments.kv_prefix_tokens.add(num_computed, {"result": "computed"})
 
     def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
@@ -100,13 +105,16 @@ class Prompt:
         self._token_ids = list(request.prompt_token_ids)
         self._root = worker.root(request.cache_salt)
         self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
+        has_tail = len(self._token_ids) % worker.block_tokens > 0
+        self._tail_key = request.tail_key if has_tail else b""
         self.is_handed_off = False
         self._num_sent = 0
         self._sending: Sending | None = None
         self._rest: asyncio.Task[None] | None = None
         self._prompt_logprobs: list[common_pb2.PositionLogprobs] = []
+        self._last_chunk = asyncio.Event()
         self._computed: asyncio.Future[StepItem] = asyncio.get_running_loop().create_future()
-        self._compute_started_at = 0.0
+        self._compute_started_at = self._computed_at = 0.0
         self._sequence = EngineSequence(
             key=key,
             prompt_token_ids=self._token_ids,
@@ -125,6 +133,11 @@ class Prompt:
         """Its blocks: empty before it has memory."""
         return self._sequence.blocks
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether a sequence may need a decode rank after its first token."""
+        return self._sequence.stopping.max_new_tokens > 1
+
     async def start(self) -> prefill_pb2.PrefillStarted:
         """Takes memory, pulls the sealed prefix and queues the rest for computing."""
         worker, request = self._worker, self._request
@@ -140,8 +153,7 @@ class Prompt:
         num_cached = num_pulled * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         tenant = tenant_id(request.cache_salt)
-        tail_key = request.tail_key if num_tokens % block_tokens else b""
-        self._sending = Sending(worker, self._keys, num_pulled, tail_key, tenant)
+        self._sending = Sending(worker, self._keys, num_pulled, self._tail_key, tenant)
         self._num_sent = num_pulled
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()
@@ -150,21 +162,37 @@ class Prompt:
             num_cached_tokens=num_cached, queue_s=self._compute_started_at - self._arrived_at
         )
 
+    async def closing(self) -> prefill_pb2.PrefillClosing:
+        """Waits until a reader can wait for all of it: slots reserved, the last chunk under way."""
+        assert self._sending is not None, "started before it closes"
+        handoff = self._handoff(self._tail_key)
+        await self._sending.reserved()
+        self.look_for_last_chunk()
+        await self._last_chunk.wait()
+        return prefill_pb2.PrefillClosing(handoff=handoff)
+
     async def finish(self) -> prefill_pb2.PrefillFinished:
         """Waits for the last chunk, not for its way to the store: the reader waits for that."""
         item = await self._computed
-        computed_at = time.monotonic()
         handoff = await self._hand_off()
         self._worker.count_tokens(len(item.token_ids))
         return prefill_pb2.PrefillFinished(
             first_tokens=[self._first_token(index, item) for index in range(len(item.token_ids))],
             handoff=handoff,
             prompt_logprobs=self._prompt_logprobs,
-            prefill_s=computed_at - self._compute_started_at,
-            put_s=time.monotonic() - computed_at,
+            prefill_s=self._computed_at - self._compute_started_at,
+            put_s=time.monotonic() - self._computed_at,
+            computed_at=self._computed_at,
         )
 
-    def on_step(self, item: StepItem) -> None:
+    def look_for_last_chunk(self) -> None:
+        """After any step: whether this prompt's last chunk is with the engine now, or done."""
+        sequence, num_tokens = self._sequence, len(self._token_ids)
+        is_last = num_tokens - sequence.num_computed <= self._worker.settings.chunk_tokens
+        if is_last and sequence.num_scheduled >= num_tokens:
+            self._last_chunk.set()
+
+    def on_step(self, item: StepItem, computed_at: float) -> None:
         """Takes one step's progress: full blocks go out while the next chunk computes."""
         item.keep_blocks = item.is_finished
         self._prompt_logprobs.extend(wire.position_logprobs(p) for p in item.prompt_logprobs)
@@ -173,6 +201,7 @@ class Prompt:
             first, self._num_sent = self._num_sent, num_full
             self._sending.send(first, self._sequence.blocks[first:num_full])
         if item.token_ids and not self._computed.done():
+            self._computed_at = computed_at
             self._computed.set_result(item)
 
     def fail(self, error: BaseException) -> None:
@@ -181,6 +210,7 @@ class Prompt:
             self._computed.set_exception(
                 Internal(f"prefill step failed: {error}", reason="STEP_FAILED")
             )
+            self._last_chunk.set()
 
     def close(self) -> None:
         """Frees everything. What is still being sent is dropped: no unsealed block is ever read."""
@@ -200,17 +230,22 @@ class Prompt:
 
     async def _hand_off(self) -> common_pb2.Handoff:
         """What a reader can wait for; it computes again what is not sealed soon."""
-        worker, num_tokens = self._worker, len(self._token_ids)
         assert self._sending is not None, "started before it is finished"
-        tail_len = num_tokens % worker.block_tokens
+        tail_len = len(self._token_ids) % self._worker.block_tokens
         tail_block = self._sequence.blocks[-1] if tail_len and self._request_decodes else None
         self._rest = asyncio.ensure_future(self._sending.finish(tail_block, tail_len))
         await self._sending.reserved()
+        return self._handoff(b"" if tail_block is None else self._tail_key)
+
+    def _handoff(self, tail_key: bytes) -> common_pb2.Handoff:
         return common_pb2.Handoff(
-            tail_key=b"" if tail_block is None else self._request.tail_key,
-            num_tokens=num_tokens,
-            identity=prefix_identity(self._root, self._token_ids, worker.block_tokens),
+            tail_key=tail_key, num_tokens=len(self._token_ids), identity=self._identity
         )
+
+    @functools.cached_property
+    def _identity(self) -> bytes:
+        """Hashed once, while the prompt is computed."""
+        return prefix_identity(self._root, self._token_ids, self._worker.block_tokens)
 
     async def sent(self) -> None:
         """Waits until all that can be sealed is."""

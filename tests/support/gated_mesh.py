@@ -6,14 +6,15 @@ Owns the gates; knows where each phase of a request can be held. Bytes of KV nev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
-from protos import decode_pb2, kvstore_pb2, status_pb2, status_pb2_grpc
+from protos import decode_pb2, kvstore_pb2, prefill_pb2, status_pb2, status_pb2_grpc
 from tests.support.clock import Clock
-from tests.support.gate import Gate
+from tests.support.gate import Gate, Hold
 from tests.support.mesh import Mesh, Process
 from tests.support.streams import Stream
 
@@ -28,10 +29,26 @@ HELD_PHASES = {  # phase: whose hop to the store, the method held
     "between": ("decode", f"{STORE}/Lookup"),
     "get": ("decode", f"{STORE}/Release"),
 }
-PHASES = (*HELD_PHASES, "first token", "mid-stream")
+# Here prefill has finished, but the gateway does not know: a rank pulls, no request is admitted.
+PREFETCH = "prefetch"
+PHASES = ("queued", "prefill", "put", PREFETCH, "between", "get", "first token", "mid-stream")
 BEFORE_HANDOFF = ("queued", "prefill")
-WITHOUT_RANK = (*BEFORE_HANDOFF, "put")  # or with one since a moment ago
+WITHOUT_RANK = (*BEFORE_HANDOFF, "put", PREFETCH)  # or with one since a moment ago
+ON_RANK = ("between", "get")  # a prefetch comes here too: admissions are waited for
 NUM_TOKENS_MID_STREAM = 20
+
+
+@dataclass(frozen=True)
+class Holds:
+    """Holds on several gates as one."""
+
+    holds: list[Hold]
+    wait_reached: Callable[[], None]
+
+    def release(self) -> None:
+        """Lets everything through."""
+        for hold in self.holds:
+            hold.release()
 
 
 class GatedMesh(Mesh):
@@ -61,28 +78,51 @@ class GatedMesh(Mesh):
         return self.gates[user, process.address]
 
     @contextmanager
-    def in_phase(self, phase: str) -> Iterator[Callable[[Stream], Callable[[], None]]]:
-        """Gives a function that waits until a stream is in the phase, and gives what ends the hold.
+    def in_phase(self, phase: str) -> Iterator[Callable[..., Callable[[], None]]]:
+        """Gives a function that waits until streams are in the phase, and gives what ends the hold.
 
-        No request gets past one of HELD_PHASES before that is called.
+        No request gets past one of HELD_PHASES, or PREFETCH, before that is called. With ON_RANK
+        all the streams are there, else the first.
         """
-        if phase not in HELD_PHASES:
-            num_tokens = 1 if phase == "first token" else NUM_TOKENS_MID_STREAM
+        if phase in HELD_PHASES:
+            user, method = HELD_PHASES[phase]
+            held = self.gate(user, self.kvstores[0]).hold(method)
+        elif phase == PREFETCH:
+            held = self.held_before_finish()
+        else:
+            held = nullcontext()
+        num_admits = len(self.sent("admit"))
+        with held as hold:
 
-            def reach_tokens(stream: Stream) -> Callable[[], None]:
-                stream.wait_tokens(num_tokens)
-                return lambda: None
-
-            yield reach_tokens
-            return
-        user, method = HELD_PHASES[phase]
-        with self.gate(user, self.kvstores[0]).hold(method) as hold:
-
-            def reach_hold(stream: Stream) -> Callable[[], None]:
+            def reach(*streams: Stream) -> Callable[[], None]:
+                if hold is None:
+                    streams[0].wait_tokens(1 if phase == "first token" else NUM_TOKENS_MID_STREAM)
+                    return lambda: None
                 hold.wait_reached()
+                if phase in ON_RANK:
+                    wanted = num_admits + len(streams)
+                    self.wait_until(lambda: len(self.sent("admit")) >= wanted, "all are admitted")
                 return hold.release
 
-            yield reach_hold
+            yield reach
+
+    @contextmanager
+    def held_before_finish(self) -> Iterator[Holds]:
+        """Holds what prefill answers last, behind PrefillClosing."""
+
+        def is_last(message: bytes) -> bool:
+            return prefill_pb2.PrefillResponse.FromString(message).HasField("finished")
+
+        num_sent = len(self.sent("prefetch"))
+        with ExitStack() as stack:
+            gates = [self.gate("gateway", process) for process in self.prefills]
+            holds = [stack.enter_context(g.hold(PREFILL, "response", is_last)) for g in gates]
+
+            def is_reached() -> bool:
+                is_held = any(hold.num_held for hold in holds)
+                return is_held and len(self.sent("prefetch")) > num_sent
+
+            yield Holds(holds, lambda: self.wait_until(is_reached, "a rank prefetches"))
 
     def instances(self) -> list[status_pb2.InstanceStatus]:
         """All processes as the gateway knows them, itself first."""
@@ -96,9 +136,13 @@ class GatedMesh(Mesh):
 
     def num_resumes(self) -> int:
         """Admissions so far that go on from tokens: their hand-off was used or lost before."""
+        return sum(not command.admit.HasField("handoff") for command in self.sent("admit"))
+
+    def sent(self, kind: str) -> list[decode_pb2.SessionRequest]:
+        """Commands of one kind (admit, cancel, prefetch) that ranks got from the gateway so far."""
         messages = [m for p in self.decodes for m in self.gate("gateway", p).sent[SESSION]]
         commands = [decode_pb2.SessionRequest.FromString(message) for message in messages]
-        return sum(c.HasField("admit") and not c.admit.HasField("handoff") for c in commands)
+        return [command for command in commands if command.HasField(kind)]  # pyright: ignore[reportArgumentType]
 
     def pulled_tokens(self, rank: Process) -> list[int]:
         """Tokens pulled for each request that was placed on a rank so far."""

@@ -26,6 +26,7 @@ LEAVINGS = {
 
 DEFAULT = {
     ("cancel", "queued"),
+    ("cancel", "prefetch"),
     ("cancel", "get"),
     ("cancel", "mid-stream"),
     ("deadline", "get"),

@@ -23,6 +23,7 @@ FAULTS = ("kill", "freeze", "restart")
 # What runs by default: each role and fault where it hurts most. `-m slow` runs the others.
 DEFAULT = {
     ("prefill", "kill", "put"),
+    ("decode", "kill", "prefetch"),
     ("decode", "kill", "mid-stream"),
     ("decode", "freeze", "mid-stream"),
     ("kvstore", "freeze", "get"),
@@ -54,7 +55,7 @@ def test_answers_are_exact_whatever_happens_to_a_process(
     num_prefills, num_resumes = mesh.num_prefills(), mesh.num_resumes()
     with mesh.in_phase(phase) as reach:
         streams = mixture.start(mesh)
-        release = reach(streams[0])
+        release = reach(*streams)
         victim = victim_of(mesh, role)
         books.lose()
         with frozen(mesh, victim) if fault == "freeze" else nullcontext():
@@ -87,7 +88,7 @@ def test_a_killed_gateway_is_a_clear_error_and_the_same_request_works_again(
     mesh = gated_mesh
     with mesh.in_phase(phase) as reach:
         streams = mixture.start(mesh)
-        release = reach(streams[0])
+        release = reach(*streams)
         books.lose()
         kill(mesh.gateway)
         errors = [stream.end(timeout_s=5) for stream in streams]
@@ -110,7 +111,7 @@ def test_a_frozen_gateway_goes_on_where_it_was(
     mesh = gated_mesh
     with mesh.in_phase(phase) as reach:
         streams = mixture.start(mesh)
-        release = reach(streams[0])
+        release = reach(*streams)
         with frozen(mesh, mesh.gateway):
             late = Stream(mesh.generation, salted(mixture.requests[0]), timeout_s=1.0)
             release()

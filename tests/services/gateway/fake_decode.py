@@ -20,6 +20,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
     role: status_pb2.Role = status_pb2.ROLE_DECODE
     admits: list[decode_pb2.Admit] = field(default_factory=list)
     cancels: list[decode_pb2.Cancel] = field(default_factory=list)
+    prefetches: list[decode_pb2.Prefetch] = field(default_factory=list)
     reject: grpc.StatusCode | None = None
     num_pulled: int | None = None
     die_after_steps: int = 0
@@ -28,6 +29,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
     live: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    prefetched: asyncio.Event = field(default_factory=asyncio.Event)
     resumed: asyncio.Event = field(default_factory=asyncio.Event)
     _dying: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -80,6 +82,10 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 ):
                     del self.live[key]
             self.cancelled.set()
+            return
+        if command.HasField("prefetch"):
+            self.prefetches.append(command.prefetch)
+            self.prefetched.set()
             return
         admit = command.admit
         self.admits.append(admit)

@@ -153,10 +153,15 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
     num_calls: int = 0
     num_cancelled: int = 0
     failures: list[grpc.StatusCode] = field(default_factory=list)
+    failures_after_closing: list[grpc.StatusCode] = field(default_factory=list)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     is_gated: bool = False
+    closing_gate: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.closing_gate.set()
 
     def register(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self, server)
@@ -171,8 +176,14 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
         try:
             yield prefill_pb2.PrefillResponse(started=started)
             self.arrived.set()
+            await self.closing_gate.wait()
+            if request.stopping.max_new_tokens > 1:
+                closing = prefill_pb2.PrefillClosing(handoff=_handoff(request))
+                yield prefill_pb2.PrefillResponse(closing=closing)
             if self.is_gated:
                 await self.gate.wait()
+            if self.failures_after_closing:
+                await context.abort(self.failures_after_closing.pop(0), "told to fail late")
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             self.ended.set()
@@ -193,10 +204,13 @@ def _finished(request: prefill_pb2.PrefillRequest) -> prefill_pb2.PrefillFinishe
     if request.HasField("prompt_logprobs"):
         for token in request.prompt_token_ids[1:]:
             finished.prompt_logprobs.add(chosen=common_pb2.TokenLogprob(token_id=token))
-    finished.handoff.tail_key = TAIL_KEY
-    finished.handoff.num_tokens = len(request.prompt_token_ids)
-    finished.handoff.identity = b"i" * 32
+    finished.handoff.CopyFrom(_handoff(request))
     return finished
+
+
+def _handoff(request: prefill_pb2.PrefillRequest) -> common_pb2.Handoff:
+    num_tokens = len(request.prompt_token_ids)
+    return common_pb2.Handoff(tail_key=TAIL_KEY, num_tokens=num_tokens, identity=b"i" * 32)
 
 
 @dataclass
