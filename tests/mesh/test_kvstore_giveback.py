@@ -123,13 +123,20 @@ async def test_a_life_that_granted_nothing_keeps_what_it_grants_under_the_same_i
 
 
 async def test_a_seal_of_another_life_seals_nothing(mesh: Mesh) -> None:
+    async def digest_while_the_store_restarts(block_ids: list[int]) -> list[int]:
+        await mesh.network.started.wait()  # and ended: it copies at once
+        mesh.stores[0].transfer.agent = CopyTransfer(mesh.network, "reborn", NUM_BLOCKS).agent
+        _shard(client)._lose("restarts", is_path_broken=False)
+        await until(lambda: _shard(client).life == "reborn")
+        assert await client.until_up(PATIENCE_S)
+        return [7] * len(block_ids)
+
+    mesh.digest = digest_while_the_store_restarts  # pyright: ignore[reportAttributeAccessIssue]
     client = await mesh.started()
     (store,) = mesh.stores
-    mesh.fill(2)
     sending = await _reserved(client, 2)
-    store.transfer.agent = CopyTransfer(mesh.network, "reborn", NUM_BLOCKS).agent
     assert await sending.send(0, [0, 1], Deadline(PATIENCE_S)) == 0
-    assert "Seal" in store.refusals and not store.sealed
+    assert store.refusals[:1] == ["Seal"] and not store.sealed
     store.reserved.clear()  # another's, under the same ids
 
 
@@ -181,7 +188,10 @@ async def test_slots_of_a_late_write_are_told_when_it_is_over_until_the_store_he
     (store,) = mesh.stores
     mesh.fill(4)
     mesh.network.hangs = True
-    assert await client.put(keys_of(4), list(range(4)), deadline_s=0.3) == 0
+    sending = await _reserved(client, 4)
+    assert await sending.send(0, list(range(4)), Deadline(0.3)) == 0
+    mesh.network.hangs = False
+    assert (await mesh.pull(client, keys_of(4))).failures == ()  # a call that comes after any
     assert not store.told and len(_shard(client).uses) >= 4
     store.is_deaf = True
     for settled in mesh.network.late:
