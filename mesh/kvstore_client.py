@@ -15,11 +15,13 @@ import grpc
 
 from kv.transfer import Transfer
 from mesh.channel import open_channel
+from mesh.kvstore_background import Background
+from mesh.kvstore_giveback import GiveBack
 from mesh.kvstore_members import Members
 from mesh.kvstore_publish import Publish
 from mesh.kvstore_pull import Hold, Pull, PullResult
-from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard
-from mesh.kvstore_shards import MAX_KEYS, TROUBLE, Background, Deadline, Shards
+from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
+from mesh.kvstore_shards import Deadline, Shards
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2
 
@@ -52,13 +54,15 @@ class KvStoreClient:
             return Shard(address=address, channel=channel, transfer=transfer)
 
         self._members = Members(make)
+        background = Background()
         self._shards = Shards(
             shards=self._members.shards,
             block_num_bytes=block_num_bytes,
             incarnation=incarnation,
             digest=digest,
             telemetry=telemetry,
-            background=Background(),
+            background=background,
+            give_back=GiveBack(incarnation=incarnation, background=background),
         )
 
     @property

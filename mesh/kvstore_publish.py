@@ -8,14 +8,12 @@ acknowledged when that transfer is over, not before: the store reuses the slot t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard
-from mesh.kvstore_shards import MAX_KEYS, TROUBLE, Deadline, Shards, each
+from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
+from mesh.kvstore_shards import Deadline, Shards, each
 from protos import kvstore_pb2
 
 _DIGEST_MASK = 2**64 - 1
@@ -40,9 +38,10 @@ class _Slot:
 
 @dataclass(slots=True, kw_only=True)
 class _Part:
-    """Blocks on their way to one store; `indices` are positions among the publish's keys."""
+    """Blocks on their way to one life of a store; `indices`: positions among the publish's keys."""
 
     shard: Shard
+    life: str
     indices: list[int]
     slots: list[_Slot]
     is_written: bool = False
@@ -107,8 +106,8 @@ class Publish:
             if index in self._slots and not self._slots[index].holds_until(deadline)
         ]
         if old:
-            background = self._shards.background
-            await asyncio.shield(background.spawn(self._give_back_slots(old)))
+            told = self._give_back(old)
+            await asyncio.wait(told, timeout=min(RPC_TIMEOUT_S, deadline.remaining_s))
         # Given back just now, or what had another writer, or a store in trouble, then.
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
         if missing:
@@ -119,7 +118,8 @@ class Publish:
             slot = self._slots.pop(index, None)
             if slot is not None:
                 part = parts.setdefault(
-                    (slot.shard, slot.life), _Part(shard=slot.shard, indices=[], slots=[])
+                    (slot.shard, slot.life),
+                    _Part(shard=slot.shard, life=slot.life, indices=[], slots=[]),
                 )
                 part.indices.append(index)
                 part.slots.append(slot)
@@ -134,14 +134,13 @@ class Publish:
         finally:
             for part in parts.values():
                 if not part.is_closed:
-                    self._shards.background.spawn(self._give_back(part))
+                    self._give_up(part)
 
     def close(self) -> None:
         """Gives back what was not sent, also what a `reserve` under way still gets."""
         self._is_closed = True
         slots, self._slots = self._slots, {}
-        if slots:
-            self._shards.background.spawn(self._give_back_slots(list(slots.values())))
+        self._give_back(slots.values())
 
     async def _ask(self, indices: Sequence[int], deadline: Deadline) -> None:
         assigned = self._shards.assign([self._keys[index] for index in indices])
@@ -153,18 +152,14 @@ class Publish:
     async def _reserve(self, shard: Shard, indices: list[int], deadline: Deadline) -> None:
         for start in range(0, len(indices), MAX_KEYS):
             chunk = indices[start : start + MAX_KEYS]
-            attempt = secrets.randbits(63) + 1
             try:
-                grant = await self._shards.background.keep(
-                    self._grant(shard, chunk, deadline, attempt),
-                    undo=lambda grant: self._give_back_slots(list(grant.slots.values())),
-                )
+                with self._shards.give_back.unless_answered(shard, self._ttl_s) as attempt:
+                    grant = await self._grant(shard, chunk, deadline, attempt)
             except TROUBLE:
-                self._shards.background.spawn(self._shards.take_back(shard, attempt, self._ttl_s))
                 return
             self._sealed |= grant.sealed
             if self._is_closed:  # meanwhile
-                self._shards.background.spawn(self._give_back_slots(list(grant.slots.values())))
+                self._give_back(grant.slots.values())
             else:
                 self._slots |= grant.slots
 
@@ -229,7 +224,7 @@ class Publish:
                 num_bytes,
                 deadline.remaining_s,
                 remember,
-                life=part.slots[0].life,
+                life=part.life,
             )
         except TROUBLE:
             return
@@ -248,37 +243,40 @@ class Publish:
             incarnation=self._shards.incarnation,
             reservation_ids=part.reservation_ids,
             digests=[digests[index] & _DIGEST_MASK for index in part.indices],
+            life=part.life,
         )
         try:
             response = await part.shard.call("Seal", request, RPC_TIMEOUT_S)
         except TROUBLE:
-            self._shards.background.spawn(self._give_back(part))
+            self._give_up(part)
             return set()
         if not all(response.sealed):
-            self._shards.background.spawn(self._give_back(part))
+            self._give_up(part)
         else:
             part.shard.uses.drop(len(part.slots))
         return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
-    async def _give_back(self, part: _Part) -> None:
-        """Acknowledges all reservations of a part; the store ignores those that were sealed."""
-        if part.late is not None:
-            await asyncio.wait([part.late])
-        await self._give_back_slots(part.slots)
+    def _give_up(self, part: _Part) -> None:
+        """Gives back all slots of a part; the store ignores those that were sealed."""
+        if part.late is None:
+            self._give_back(part.slots)
+        else:
+            self._shards.background.spawn(self._give_back_late(part, part.late))
 
-    async def _give_back_slots(self, slots: Sequence[_Slot]) -> None:
-        by_shard: dict[Shard, list[int]] = {}
+    async def _give_back_late(self, part: _Part, late: asyncio.Future[None]) -> None:
+        await asyncio.wait([late])
+        self._give_back(part.slots)
+
+    def _give_back(self, slots: Iterable[_Slot]) -> set[asyncio.Task[None]]:
+        """Queues slots that nothing is written to any more; tasks that end when all is told."""
+        by_life: dict[tuple[Shard, str], list[int]] = {}
         for slot in slots:
-            by_shard.setdefault(slot.shard, []).append(slot.reservation_id)
-        for shard, numbers in by_shard.items():
-            request = kvstore_pb2.AcknowledgeRequest(
-                incarnation=self._shards.incarnation, reservation_ids=numbers
-            )
-            try:
-                with contextlib.suppress(*TROUBLE):  # its deadline ends them, then
-                    await shard.call("Acknowledge", request, RPC_TIMEOUT_S, even_down=True)
-            finally:
-                shard.uses.drop(len(numbers))
+            by_life.setdefault((slot.shard, slot.life), []).append(slot.reservation_id)
+        tasks: set[asyncio.Task[None]] = set()
+        for (shard, life), numbers in by_life.items():
+            tasks.add(self._shards.give_back.slots(shard, life, numbers, self._ttl_s))
+            shard.uses.drop(len(numbers))
+        return tasks
 
     async def _forget_private(self, part: _Part) -> None:
         """A private block whose publisher was cancelled has no reader."""

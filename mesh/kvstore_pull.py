@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kv.errors import TransferTimeout
-from mesh.kvstore_shard import RPC_TIMEOUT_S, Shard
-from mesh.kvstore_shards import MAX_KEYS, TROUBLE, Deadline, Shards, each
+from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
+from mesh.kvstore_shards import Deadline, Shards, each
 from protos import kvstore_pb2
 
 Hold = Callable[[list[int], "asyncio.Future[None]"], None]
@@ -42,6 +42,7 @@ class _Lease:
     shard: Shard
     life: str
     lease_id: int
+    attempt: int
     indices: list[int]
     offsets: list[int]
     digests: list[int]
@@ -89,16 +90,17 @@ class Pull:
         finally:
             for lease in self._leases:
                 if not lease.is_released:
-                    self._shards.background.spawn(self._release(lease))
+                    self._give_back(lease)
+                    lease.shard.uses.drop()
 
     async def _look_up(self, shard: Shard, indices: list[int]) -> None:
         """Leases the longest sealed prefix of one shard's keys, MAX_KEYS at a time."""
         for first in range(0, len(indices), MAX_KEYS):
             chunk = indices[first : first + MAX_KEYS]
+            give_back, ttl_s = self._shards.give_back, self._deadline.ttl_s
             try:
-                lease = await self._shards.background.keep(
-                    self._lease(shard, chunk), undo=self._release
-                )
+                with give_back.unless_answered(shard, ttl_s) as attempt:
+                    lease = await self._lease(shard, chunk, attempt)
             except TROUBLE:
                 self._fail("lookup", len(chunk))
                 return
@@ -109,7 +111,7 @@ class Pull:
             if len(lease.indices) < len(chunk):
                 return
 
-    async def _lease(self, shard: Shard, indices: list[int]) -> _Lease:
+    async def _lease(self, shard: Shard, indices: list[int], attempt: int) -> _Lease:
         request = kvstore_pb2.LookupRequest(
             incarnation=self._shards.incarnation,
             keys=[self._keys[index] for index in indices],
@@ -117,6 +119,7 @@ class Pull:
             ttl_s=self._deadline.ttl_s,
             max_wait_s=min(_MAX_WAIT_S, self._deadline.remaining_s / 2),
             waits_for_writers=self._waits_for_writers,
+            attempt=attempt,
         )
         life = shard.life
         response = await shard.call("Lookup", request, self._deadline.remaining_s)
@@ -133,6 +136,7 @@ class Pull:
             shard=shard,
             life=life,
             lease_id=response.lease_id,
+            attempt=attempt,
             indices=indices[:num_good],
             offsets=offsets[:num_good],
             digests=digests[:num_good],
@@ -169,18 +173,20 @@ class Pull:
             self._read -= lost
 
     async def _release(self, lease: _Lease) -> bool:
-        if not lease.lease_id:
-            return False
         request = kvstore_pb2.ReleaseRequest(
-            incarnation=self._shards.incarnation, lease_id=lease.lease_id
+            incarnation=self._shards.incarnation, lease_id=lease.lease_id, life=lease.life
         )
         try:
             response = await lease.shard.call("Release", request, RPC_TIMEOUT_S, even_down=True)
         except TROUBLE:
+            self._give_back(lease)
             return False
         finally:
             lease.shard.uses.drop()
         return response.outcome == kvstore_pb2.ReleaseResponse.OUTCOME_HELD
+
+    def _give_back(self, lease: _Lease) -> None:
+        self._shards.give_back.attempt(lease.shard, lease.attempt, self._deadline.ttl_s)
 
     async def _digest(self) -> None:
         """Digests of what was read, as they are here."""

@@ -25,9 +25,11 @@ from protos import kvstore_pb2, kvstore_pb2_grpc
 log = logging.getLogger("kvmesh.kvstore")
 
 RPC_TIMEOUT_S = 2.0
+MAX_KEYS = 4096  # and ids, in one request
+TROUBLE = (KvmeshError, TransferError)  # what a store may raise
 UNKNOWN_INCARNATION = "UNKNOWN_INCARNATION"
 _OPENING = ("Lookup", "Reserve")  # calls that give leases and slots
-_FIRST_BACK_OFF_S, _LAST_BACK_OFF_S = 0.2, 2.0
+FIRST_BACK_OFF_S, LAST_BACK_OFF_S = 0.2, 2.0
 _STABLE_S = 10.0  # up for this long: the next loss starts with a short back-off again
 _HEARTBEAT_S = 1.0
 _HUNG_S = 1.0  # a transfer that had at least this long and is not over: the data path hangs
@@ -72,17 +74,17 @@ class Shard:
 
     async def run(self) -> None:
         """Connects, waits for a loss, backs off, for ever. The back-off bounds peer changes too."""
-        back_off_s = _FIRST_BACK_OFF_S
+        back_off_s = FIRST_BACK_OFF_S
         while True:
             if await self._connect():
                 self.attempted.set()
                 up_at = time.monotonic()
                 await self._watch()
                 if time.monotonic() - up_at > _STABLE_S:
-                    back_off_s = _FIRST_BACK_OFF_S
+                    back_off_s = FIRST_BACK_OFF_S
             self.attempted.set()
             await asyncio.sleep(back_off_s)
-            back_off_s = min(_LAST_BACK_OFF_S, 2 * back_off_s)
+            back_off_s = min(LAST_BACK_OFF_S, 2 * back_off_s)
 
     async def _watch(self) -> None:
         """Returns when the store is lost. Asks it now and then: a frozen one is noticed by this
@@ -167,7 +169,7 @@ class Shard:
     async def close(self) -> None:
         """Forgets the store; `run` must have ended."""
         await self.disconnect()
-        self._is_closed = True
+        self._is_closed = self.has_left = True
         await self._channel.close()
 
     async def _move(

@@ -9,16 +9,11 @@ loop only. Nothing unsealed is handed to a reader; a slot has one owner at a tim
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from services.kvstore.arena import SlotAllocator
-from services.kvstore.block import (
-    BlockState,
-    IndexCounts,
-    Leased,
-    LeaseOutcome,
-    Reserved,
-)
+from services.kvstore.attempts import GivenUp
+from services.kvstore.block import BlockState, IndexCounts, Leased, LeaseOutcome, Reserved
 from services.kvstore.blocks import Blocks
 from services.kvstore.books import check_books, count_books
 from services.kvstore.expiry import Deadlines, Due
@@ -61,7 +56,7 @@ class BlockIndex:
         self._slots = slots
         self._clock = clock
         self._ids = itertools.count(first_id)
-        self._deadlines = Deadlines()
+        self._deadlines, self._given_up = Deadlines(), GivenUp()
         self._blocks = Blocks(num_changes)
         self.journal = self._blocks.journal
         self._memory = MemoryTier(self._blocks, slots, tenant_num_bytes)
@@ -78,6 +73,7 @@ class BlockIndex:
             lower=self.lower,
             deadlines=self._deadlines,
             ids=self._ids,
+            given_up=self._given_up,
             quarantine_s=quarantine_s,
             private_ttl_s=private_ttl_s,
             on_settled=lambda number: self.on_settled(number),
@@ -111,23 +107,31 @@ class BlockIndex:
         pairs = zip(reservation_ids, digests, strict=True)
         return [seal(owner, number, digest, now) for number, digest in pairs]
 
-    def acknowledge(self, owner: str, reservation_ids: Iterable[int], *, attempt: int = 0) -> int:
-        """Frees slots, reserved or quarantined, that their writer will never touch again.
-
-        Also those of an attempt, if not 0.
-        """
+    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
+        """Frees slots, reserved or quarantined, that their writer will never touch again."""
         self.expire()
-        lost = self._reservations.of_attempt(owner, attempt) if attempt else []
-        return self._reservations.acknowledge(owner, [*reservation_ids, *lost])
+        return self._reservations.acknowledge(owner, reservation_ids)
 
-    def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
+    def give_up(self, owner: str, attempts: Collection[int]) -> int:
+        """Ends what these attempts got or would get yet, slots and leases; how many slots."""
+        self.expire()
+        named = set(attempts) - {0}  # which is no name
+        self._given_up.add(owner, named, self._clock())
+        for lease_id in self._leases.of_attempts(owner, named):
+            self._end_lease(lease_id)
+        return self._reservations.acknowledge(owner, self._reservations.of_attempts(owner, named))
+
+    def lookup(
+        self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float, attempt: int = 0
+    ) -> Leased:
         """Leases the longest sealed prefix of the keys in memory and marks it as used."""
         self.expire()
-        rows = self._leases.sealed_prefix(keys, num_bytes)
+        wanted = () if self._given_up.has(owner, attempt) else keys
+        rows = self._leases.sealed_prefix(wanted, num_bytes)
         lease_id = 0
         if len(rows):
             lease_id = next(self._ids)
-            self._leases.begin(lease_id, owner, rows)
+            self._leases.begin(lease_id, owner, rows, attempt)
             self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
         return self._leases.leased(lease_id, rows, num_bytes)
 
@@ -222,6 +226,7 @@ class BlockIndex:
     def expire(self) -> None:
         """Ends what is past its deadline; every operation does this first."""
         now = self._clock()
+        self._given_up.expire(now)
         for kind, number in self._deadlines.pop_due(now):
             if kind is Due.RESERVATION:
                 self._reservations.quarantine(number, now)

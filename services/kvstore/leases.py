@@ -5,7 +5,7 @@ Owns leases; which blocks are found is decided here, how long a lease lives is t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from services.kvstore.block import BlockState, Leased
@@ -20,6 +20,7 @@ class Lease:
 
     owner: str
     rows: RowArray
+    attempt: int
 
 
 class Leases:
@@ -37,11 +38,11 @@ class Leases:
         is_readable &= blocks.num_bytes.values.take(rows) == num_bytes
         return leading(rows, is_readable)
 
-    def begin(self, lease_id: int, owner: str, rows: RowArray) -> None:
+    def begin(self, lease_id: int, owner: str, rows: RowArray, attempt: int) -> None:
         """Lends blocks out and marks them as used."""
         self._memory.hold(rows)
         self._blocks.touch_chain(rows)
-        self.live[lease_id] = Lease(owner=owner, rows=rows)
+        self.live[lease_id] = Lease(owner=owner, rows=rows, attempt=attempt)
 
     def leased(self, lease_id: int, rows: RowArray, num_bytes: int) -> Leased:
         """What a reader is told."""
@@ -62,3 +63,8 @@ class Leases:
     def of_owner(self, owner: str) -> list[int]:
         """Ids of all leases of an owner."""
         return [lease_id for lease_id, lease in self.live.items() if lease.owner == owner]
+
+    def of_attempts(self, owner: str, attempts: Set[int]) -> list[int]:
+        """Ids of the leases that these Lookups got and that live."""
+        leases = self.live.items()
+        return [n for n, x in leases if x.owner == owner and x.attempt in attempts]

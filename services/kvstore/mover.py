@@ -62,10 +62,17 @@ class Mover:
         self.wake()
 
     async def lookup(
-        self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float, max_wait_s: float
+        self,
+        owner: str,
+        keys: Sequence[bytes],
+        num_bytes: int,
+        *,
+        ttl_s: float,
+        max_wait_s: float,
+        attempt: int = 0,
     ) -> Leased:
         """As BlockIndex.lookup, after waiting max_wait_s at most for blocks in lower tiers."""
-        leased = self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s)
+        leased = self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
         num_found = len(leased.offsets)
         if num_found == len(keys) or max_wait_s <= 0:
             return leased
@@ -77,7 +84,7 @@ class Mover:
             read.is_abandoned = False
         try:
             await asyncio.wait([read.is_over for read in reads], timeout=max_wait_s)
-            return self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s)
+            return self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
         finally:
             self._index.release(owner, leased.lease_id)
             for read, carrier in reads.items():

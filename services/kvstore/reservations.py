@@ -7,12 +7,13 @@ incarnation is disconnected, or after `quarantine_s`, when the writer is presume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from services.kvstore.arena import SlotAllocator
+from services.kvstore.attempts import GivenUp
 from services.kvstore.block import BlockState, Reserved, ReserveOutcome
 from services.kvstore.blocks import Blocks, Names
 from services.kvstore.expiry import Deadlines, Due
@@ -49,6 +50,7 @@ class Reservations:
         lower: LowerTiers,
         deadlines: Deadlines,
         ids: Iterator[int],
+        given_up: GivenUp,
         quarantine_s: float,
         private_ttl_s: float,
         on_settled: Callable[[int], None],
@@ -59,6 +61,7 @@ class Reservations:
         self._lower = lower
         self._deadlines = deadlines
         self._ids = ids
+        self._given_up = given_up
         self._quarantine_s = quarantine_s
         self._private_ttl_s = private_ttl_s
         self._on_settled = on_settled  # with an id that is not live any more
@@ -76,10 +79,13 @@ class Reservations:
         tenant: int,
         attempt: int,
     ) -> list[Reserved]:
-        """Slots for the new keys, parents first. After the first FULL no new key is tried."""
+        """Slots for the new keys, parents first. After the first FULL no new key is tried.
+
+        An attempt that was given up is told FULL.
+        """
         answers: list[Reserved] = []
         parent = NOBODY  # a private block has none
-        full = False
+        full = self._given_up.has(owner, attempt)
         for key in keys:
             row = self._blocks.row_of(key)
             if self._blocks.state.at[row] != BlockState.ABSENT or self._blocks.num_pins.at[row]:
@@ -131,10 +137,10 @@ class Reservations:
                 num_freed += 1
         return num_freed
 
-    def of_attempt(self, owner: str, attempt: int) -> list[int]:
-        """Ids of what one Reserve got and nobody has given back."""
+    def of_attempts(self, owner: str, attempts: Set[int]) -> list[int]:
+        """Ids of what these Reserves got and nobody has given back."""
         claims = {**self.live, **self.quarantined}
-        return [n for n, c in claims.items() if c.owner == owner and c.attempt == attempt]
+        return [n for n, c in claims.items() if c.owner == owner and c.attempt in attempts]
 
     def first_live(self, rows: RowArray) -> int:
         """The reservation of the first row without bytes to read, in any tier; 0: none."""

@@ -129,18 +129,23 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         check_count("reservation_ids", request.reservation_ids)
         check_same_len("digests", request.digests, "reservation_ids", request.reservation_ids)
         self._callers.require(request.incarnation)
-        sealed = self._index.seal(request.incarnation, request.reservation_ids, request.digests)
-        self._wake()
+        sealed = [False] * len(request.reservation_ids)
+        if self._is_own(request.life):
+            sealed = self._index.seal(request.incarnation, request.reservation_ids, request.digests)
+            self._wake()
         return kvstore_pb2.SealResponse(sealed=sealed)
 
     async def Acknowledge(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.AcknowledgeRequest, context: object
     ) -> kvstore_pb2.AcknowledgeResponse:
-        """Frees slots that the writer is done with."""
+        """Frees slots that the writer is done with; ends what lost answers told of."""
         check_count("reservation_ids", request.reservation_ids)
-        num_freed = self._index.acknowledge(
-            request.incarnation, request.reservation_ids, attempt=request.attempt
-        )
+        check_count("attempts", request.attempts)
+        owner, num_freed = request.incarnation, 0
+        if request.reservation_ids and self._is_own(request.life):
+            num_freed += self._index.acknowledge(owner, request.reservation_ids)
+        if request.attempts:
+            num_freed += self._index.give_up(owner, request.attempts)
         return kvstore_pb2.AcknowledgeResponse(num_freed=num_freed)
 
     async def Lookup(  # noqa: N802 - gRPC method name
@@ -167,7 +172,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> kvstore_pb2.ReleaseResponse:
         """Ends a lease; drops what the reader found corrupt."""
         check_keys("corrupt_keys", request.corrupt_keys)
-        outcome = self._index.release(request.incarnation, request.lease_id)
+        outcome = LeaseOutcome.EXPIRED
+        if request.lease_id and self._is_own(request.life):
+            outcome = self._index.release(request.incarnation, request.lease_id)
         if num_dropped := self._index.drop_corrupt(request.corrupt_keys):
             failures = self._telemetry.instruments.kv_verify_failures
             failures.add(num_dropped, {"reason": "reported_corrupt"})
@@ -211,12 +218,13 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def _look_up(self, request: kvstore_pb2.LookupRequest, max_wait_s: float) -> Leased:
         owner, keys, num_bytes = request.incarnation, list(request.keys), request.num_bytes
+        ttl_s, attempt = request.ttl_s, request.attempt
         if request.waits_for_writers:
             max_wait_s = await self._waiting.until_written(keys, max_wait_s)
         if self._mover is None:
-            return self._index.lookup(owner, keys, num_bytes, ttl_s=request.ttl_s)
+            return self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
         return await self._mover.lookup(
-            owner, keys, num_bytes, ttl_s=request.ttl_s, max_wait_s=max_wait_s
+            owner, keys, num_bytes, ttl_s=ttl_s, max_wait_s=max_wait_s, attempt=attempt
         )
 
     def _wake(self) -> None:
@@ -235,6 +243,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 arena_num_bytes,
                 num_bytes,
             )
+
+    def _is_own(self, life: str) -> bool:
+        """Whether ids of that life name anything here; another's may be equal by chance."""
+        check_present("life", life)
+        return life == self._agent.name
 
     def _check_open(self) -> None:
         if self._draining:

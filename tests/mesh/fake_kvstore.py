@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.sealed: dict[bytes, tuple[int, int]] = {}
         self.private: set[bytes] = set()
         self.reserved: dict[int, tuple[bytes, int, bool]] = {}
-        self.attempts: dict[int, list[int]] = {}
+        self.attempts: dict[int, list[int]] = {}  # what each got, reservations and leases
+        self.given_up: set[int] = set()
         self.leases: dict[int, list[bytes]] = {}
         self.corrupt: list[bytes] = []
         self.num_keys_asked: list[int] = []
@@ -41,6 +43,9 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.num_leases = 0
         self.expires = False
         self.loses_answers = False
+        self.is_deaf = False  # to what is given back
+        self.told: list[tuple[int, int]] = []  # how many ids and attempts each time
+        self.refusals: list[str] = []  # what of another life was asked for here
         self.gate: asyncio.Event | None = None
         self.asked = asyncio.Event()
         self.acknowledged = asyncio.Event()
@@ -66,7 +71,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
                 answer.reservations.add(outcome=outcome.OUTCOME_ALREADY_SEALED)
             elif key in taken:
                 answer.reservations.add(outcome=outcome.OUTCOME_ALREADY_RESERVED)
-            elif len(self.sealed) + len(self.reserved) >= self.capacity:
+            elif self._is_full(request):
                 answer.reservations.add(outcome=outcome.OUTCOME_FULL)
             else:
                 slot, self._next = self._free.pop(), self._next + 1
@@ -77,15 +82,15 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
                     reservation_id=self._next,
                     slot=kvstore_pb2.Slot(offset=slot * BLOCK, num_bytes=request.num_bytes),
                 )
-        if self.loses_answers:
-            raise Unavailable("the answer is lost")
+        self._lose()
         return answer
 
     async def Seal(self, request: Any, context: Any) -> Any:  # noqa: N802
         await self._enter(request)
         answer = kvstore_pb2.SealResponse()
         for reservation_id, digest in zip(request.reservation_ids, request.digests, strict=True):
-            entry = None if self.expires else self.reserved.pop(reservation_id, None)
+            is_known = self._is_own("Seal", request.life) and not self.expires
+            entry = self.reserved.pop(reservation_id, None) if is_known else None
             answer.sealed.append(entry is not None)
             if entry is not None:
                 self.sealed[entry[0]] = (entry[1], digest)
@@ -94,8 +99,16 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         return answer
 
     async def Acknowledge(self, request: Any, context: Any) -> Any:  # noqa: N802
-        ids = [*request.reservation_ids, *self.attempts.pop(request.attempt, [])]
-        freed = [self.reserved.pop(i) for i in ids if i in self.reserved]
+        self.told.append((len(request.reservation_ids), len(request.attempts)))
+        if self.is_deaf:
+            raise Unavailable("deaf")
+        ids = [n for attempt in request.attempts for n in self.attempts.pop(attempt, [])]
+        self.given_up.update(request.attempts)
+        if request.reservation_ids and self._is_own("Acknowledge", request.life):
+            ids += request.reservation_ids
+        for lent in [self.leases.pop(n) for n in ids if n in self.leases]:
+            self._drop([key for key in lent if key in self.private])
+        freed = [self.reserved.pop(n) for n in ids if n in self.reserved]
         self._free += [slot for _, slot, _ in freed]
         self.acknowledged.set()
         return kvstore_pb2.AcknowledgeResponse(num_freed=len(freed))
@@ -105,7 +118,7 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         await self._enter(request)
         found: list[bytes] = []
         for key in request.keys:
-            if key not in self.sealed:
+            if key not in self.sealed or request.attempt in self.given_up:
                 break
             found.append(key)
         if not found:
@@ -113,6 +126,8 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._next += 1
         self.num_leases += 1
         self.leases[self._next] = found
+        self.attempts[request.attempt] = [self._next]
+        self._lose()
         return kvstore_pb2.LookupResponse(
             lease_id=self._next,
             offsets=[self.sealed[key][0] * BLOCK for key in found],
@@ -121,8 +136,11 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
 
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.is_deaf:
+            raise Unavailable("deaf")
         self.corrupt += request.corrupt_keys
-        lent = self.leases.pop(request.lease_id, None)
+        is_known = request.lease_id and self._is_own("Release", request.life)
+        lent = self.leases.pop(request.lease_id, None) if is_known else None
         self._drop([*request.corrupt_keys, *(k for k in lent or () if k in self.private)])
         outcome = kvstore_pb2.ReleaseResponse
         held = lent is not None and not self.expires
@@ -137,6 +155,20 @@ class Store(kvstore_pb2_grpc.KvStoreServiceServicer):
             if key in self.sealed:
                 self._free.append(self.sealed.pop(key)[0])
                 self.private.discard(key)
+
+    def _is_full(self, request: Any) -> bool:
+        is_full = len(self.sealed) + len(self.reserved) >= self.capacity
+        return is_full or request.attempt in self.given_up
+
+    def _is_own(self, method: str, life: str) -> bool:
+        """Whether ids of that life are ours; equal ones may be of others."""
+        if life != self.transfer.agent.name:
+            self.refusals.append(method)
+        return life == self.transfer.agent.name
+
+    def _lose(self) -> None:
+        if self.loses_answers:
+            raise Unavailable("the answer is lost")
 
     async def _enter(self, request: Any) -> None:
         if request.incarnation not in self.connected:
@@ -247,6 +279,12 @@ def digest_of(data: np.ndarray[Any, Any]) -> int:
 
 def keys_of(num: int) -> list[bytes]:
     return [hashlib.sha256(str(i).encode()).digest() for i in range(num)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - for what a client tells nobody of
+            await asyncio.sleep(0.005)
 
 
 async def publish(client: KvStoreClient, keys: list[bytes], **kwargs: Any) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
 from mesh import kvstore_members
 from mesh.kvstore_client import Deadline, KvStoreClient
-from tests.mesh.fake_kvstore import NUM_BLOCKS, PATIENCE_S, Mesh, Store, keys_of, publish
+from tests.mesh.fake_kvstore import NUM_BLOCKS, PATIENCE_S, Mesh, Store, keys_of, publish, until
 from tests.mesh.fake_transfer import CopyTransfer
 
 
@@ -29,12 +29,6 @@ def _owners(client: KvStoreClient, keys: list[bytes]) -> dict[bytes, str]:
     return {keys[index]: shard.address for shard, indices in shards for index in indices}
 
 
-async def _until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - a client tells nobody that a store has left
-            await asyncio.sleep(0.005)
-
-
 async def test_a_store_that_joins_takes_keys_from_others_and_gives_them_back(mesh: Mesh) -> None:
     client = await mesh.started(2)
     keys, addresses = keys_of(600), list(client.states)
@@ -50,7 +44,7 @@ async def test_a_store_that_joins_takes_keys_from_others_and_gives_them_back(mes
     client.follow(addresses)
     assert _owners(client, keys) == before
     client.follow([third, addresses[1]])
-    await _until(lambda: client.states == {third: "up", addresses[1]: "up"})
+    await until(lambda: client.states == {third: "up", addresses[1]: "up"})
     left = _owners(client, keys)
     assert all(left[key] == joined[key] for key in keys if joined[key] != addresses[0])
 
@@ -64,7 +58,7 @@ async def test_a_store_that_left_is_not_asked_and_nothing_of_it_stays(mesh: Mesh
     store = mesh.stores[0]
     for _ in range(3):
         client.follow([stay])
-        await _until(lambda: client.states == {stay: "up"})
+        await until(lambda: client.states == {stay: "up"})
         assert mesh.worker.peers == {"store-1"}
         store.num_keys_asked.clear()
         await publish(client, keys_of(16))
@@ -73,7 +67,7 @@ async def test_a_store_that_left_is_not_asked_and_nothing_of_it_stays(mesh: Mesh
         client.follow([address, stay])
         assert await client.until_up(PATIENCE_S)
     assert mesh.worker.peers == {"store-0", "store-1"}
-    await _until(lambda: len(asyncio.all_tasks()) <= num_tasks)
+    await until(lambda: len(asyncio.all_tasks()) <= num_tasks)
 
 
 async def test_a_pull_under_way_ends_well_after_its_store_left(mesh: Mesh) -> None:
@@ -90,7 +84,7 @@ async def test_a_pull_under_way_ends_well_after_its_store_left(mesh: Mesh) -> No
     assert set(client.states.values()) == {"leaving"}
     store.gate.set()
     assert (await pull).num_blocks == 4
-    await _until(lambda: client.states == {})
+    await until(lambda: client.states == {})
     assert mesh.worker.peers == set() and store.leases == {}
 
 
@@ -107,7 +101,7 @@ async def test_slots_at_a_store_that_left_are_given_back_and_asked_for_at_the_ot
     await asyncio.sleep(0)
     assert client.states[gone] == "leaving"
     assert await sending.send(0, list(range(16)), Deadline(PATIENCE_S)) == 16
-    await _until(lambda: client.states == {stay: "up"})
+    await until(lambda: client.states == {stay: "up"})
     assert len(mesh.stores[1].sealed) == 16
     assert mesh.stores[0].sealed == {} and mesh.stores[0].reserved == {}
     sending.close()
@@ -130,7 +124,7 @@ async def test_a_store_that_leaves_at_any_moment_keeps_no_promise(mesh: Mesh, ki
         client.follow([stay])
         await task
         sending.close()
-        await _until(lambda: client.states == {stay: "up"})
+        await until(lambda: client.states == {stay: "up"})
         assert mesh.stores[0].reserved == {} and mesh.stores[0].leases == {}, num_turns
 
 
@@ -144,7 +138,7 @@ async def test_a_late_write_is_acknowledged_before_its_store_is_gone(mesh: Mesh)
     assert set(client.states.values()) == {"leaving"} and len(mesh.stores[0].reserved) == 4
     for settled in mesh.network.late:
         settled.set_result(None)
-    await _until(lambda: client.states == {})
+    await until(lambda: client.states == {})
     assert mesh.stores[0].reserved == {}
 
 
@@ -156,7 +150,7 @@ async def test_what_never_ends_is_cut_off(mesh: Mesh, monkeypatch: pytest.Monkey
     mesh.network.hangs = True
     assert await client.put(keys_of(4), list(range(4)), deadline_s=0.3) == 0
     client.follow([])
-    await _until(lambda: client.states == {})
+    await until(lambda: client.states == {})
     assert mesh.worker.peers == set()
     mesh.stores[0].reserved.clear()  # the store's own deadline
 
@@ -183,7 +177,7 @@ async def test_another_name_of_a_store_keeps_the_peer(mesh: Mesh) -> None:
     client.follow([address, alias])
     assert await client.until_up(PATIENCE_S)
     client.follow([alias])
-    await _until(lambda: client.states == {alias: "up"})
+    await until(lambda: client.states == {alias: "up"})
     mesh.fill(2)
     assert await publish(client, keys_of(2)) == 2
 

@@ -23,13 +23,14 @@ from services.kvstore.servicer import KvStoreServicer
 SIZE = 4096
 ARENA = 16 * SIZE
 KEY_A, KEY_B = b"a" * 32, b"b" * 32
+LIFE = "kvstore-test"
 
 
 class NamedTransfer:
     """Stands for NIXL: the store only asks who it is."""
 
     agent = Agent(
-        name="kvstore-test",
+        name=LIFE,
         nixl_version="1.5.1",
         metadata=b"meta",
         arena_address=4096,
@@ -93,10 +94,18 @@ def lookup_request(**fields: object) -> pb.LookupRequest:
     return pb.LookupRequest(**{**values, **fields})
 
 
+def seal_request(ids: list[int], digests: list[int]) -> pb.SealRequest:
+    return pb.SealRequest(incarnation="w", reservation_ids=ids, digests=digests, life=LIFE)
+
+
+def acknowledge_request(*ids: int) -> pb.AcknowledgeRequest:
+    return pb.AcknowledgeRequest(incarnation="w", reservation_ids=ids, life=LIFE)
+
+
 async def put(service: Service, **fields: object) -> list[int]:
     response = await service.stub.Reserve(reserve_request(**fields))
     ids = [reservation.reservation_id for reservation in response.reservations]
     digests = [2**64 - 1 - i for i in range(len(ids))]
-    request = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=digests)
+    request = seal_request(ids, digests)
     assert all((await service.stub.Seal(request)).sealed)
     return ids

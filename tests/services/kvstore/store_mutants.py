@@ -30,8 +30,10 @@ class LateSeal(BlockIndex):
 class BlindEviction(BlockIndex):
     """Forgets a lease as soon as it has granted it."""
 
-    def lookup(self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float) -> Leased:
-        leased = super().lookup(owner, keys, num_bytes, ttl_s=ttl_s)
+    def lookup(
+        self, owner: str, keys: Sequence[bytes], num_bytes: int, *, ttl_s: float, attempt: int = 0
+    ) -> Leased:
+        leased = super().lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
         super().release(owner, leased.lease_id)
         return leased
 
@@ -47,7 +49,7 @@ class AlwaysHeld(BlockIndex):
 class AnyOwner(BlockIndex):
     """Lets every caller acknowledge everything."""
 
-    def acknowledge(self, owner: str, reservation_ids: Iterable[int], *, attempt: int = 0) -> int:
+    def acknowledge(self, owner: str, reservation_ids: Iterable[int]) -> int:
         owners = ["another", *(f"w{i}.{n}" for i in range(2) for n in range(5))]
         ids = list(reservation_ids)
         return sum(super(AnyOwner, self).acknowledge(each, ids) for each in owners)

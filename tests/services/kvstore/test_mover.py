@@ -13,7 +13,7 @@ import pytest
 from services.kvstore import lower_tier
 from services.kvstore.carrier import DISK_PACE
 from services.kvstore.disk_format import HEADER_NUM_BYTES
-from tests.services.kvstore.tiered_store import PATIENCE_S, TieredStore, keys_of
+from tests.services.kvstore.tiered_store import PATIENCE_S, SIZE, TieredStore, keys_of
 
 FAILURES, MOVES = "kvmesh.kv.verify.failures", "kvmesh.kv.tier.blocks"
 
@@ -215,6 +215,22 @@ async def test_a_cancelled_lookup_leaves_nothing_held(store: TieredStore) -> Non
     assert store.index.counts().num_leases == 0
     store.index.evict(8)
     assert not store.index.counts().num_sealed, "a block is still held"
+
+
+async def test_a_lookup_that_is_given_up_while_it_waits_gets_no_lease(store: TieredStore) -> None:
+    await store.put_below("bcd")
+    store.put("a")
+    store.files.gate.clear()
+    looking = store.mover.lookup(
+        "r", keys_of("abcd"), SIZE, ttl_s=60, max_wait_s=PATIENCE_S, attempt=5
+    )
+    lookup = asyncio.ensure_future(looking)
+    await store.until(lambda: store.files.num_reads)
+    assert store.index.counts().num_leases == 1, "of what is in memory"
+    store.index.give_up("r", [5])
+    store.files.gate.set()
+    assert not (await lookup).lease_id
+    assert store.index.counts().num_leases == 0
 
 
 async def test_promotions_take_half_of_the_memory_at_most(store: TieredStore) -> None:

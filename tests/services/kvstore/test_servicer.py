@@ -11,13 +11,16 @@ from tests.services.kvstore.served_store import (
     ARENA,
     KEY_A,
     KEY_B,
+    LIFE,
     SIZE,
     Service,
+    acknowledge_request,
     connect,
     failure,
     lookup_request,
     put,
     reserve_request,
+    seal_request,
 )
 
 
@@ -43,12 +46,12 @@ async def test_the_whole_protocol(service: Service) -> None:
     assert (first.slot.num_bytes, second.slot.offset) == (SIZE, first.slot.offset + SIZE)
     assert (await service.stub.Lookup(lookup_request())).lease_id == 0
     ids = [first.reservation_id, second.reservation_id]
-    seal = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=[2**64 - 1, 7])
+    seal = seal_request(ids, [2**64 - 1, 7])
     assert list((await service.stub.Seal(seal)).sealed) == [True, True]
     leased = await service.stub.Lookup(lookup_request())
     assert list(leased.digests) == [2**64 - 1, 7] and leased.num_bytes == SIZE
     assert list(leased.offsets) == [first.slot.offset, second.slot.offset]
-    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id, life=LIFE)
     held, expired = pb.ReleaseResponse.OUTCOME_HELD, pb.ReleaseResponse.OUTCOME_EXPIRED
     assert (await service.stub.Release(release)).outcome == held
     assert (await service.stub.Release(release)).outcome == expired
@@ -60,13 +63,13 @@ async def test_an_expired_lease_and_reservation(service: Service) -> None:
     leased = await service.stub.Lookup(lookup_request(ttl_s=1.0))
     (late,) = (await service.stub.Reserve(reserve_request(keys=[KEY_B], ttl_s=1.0))).reservations
     service.now[0] += 2
-    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id, life=LIFE)
     outcome = (await service.stub.Release(release)).outcome
     assert outcome == pb.ReleaseResponse.OUTCOME_EXPIRED
     ids = [late.reservation_id]
-    seal = pb.SealRequest(incarnation="w", reservation_ids=ids, digests=[1])
+    seal = seal_request(ids, [1])
     assert list((await service.stub.Seal(seal)).sealed) == [False]
-    acknowledge = pb.AcknowledgeRequest(incarnation="w", reservation_ids=ids)
+    acknowledge = acknowledge_request(*ids)
     assert (await service.stub.Acknowledge(acknowledge)).num_freed == 1
 
 
@@ -132,7 +135,7 @@ async def test_a_draining_store_refuses_new_work_but_releases(service: Service) 
     service.servicer.drain()
     error = await failure(service.stub.Lookup(lookup_request()))
     assert error.code is grpc.StatusCode.UNAVAILABLE and error.reason == "DRAINING"
-    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id)
+    release = pb.ReleaseRequest(incarnation="w", lease_id=leased.lease_id, life=LIFE)
     outcome = (await service.stub.Release(release)).outcome
     assert outcome == pb.ReleaseResponse.OUTCOME_HELD
 
@@ -159,7 +162,11 @@ BAD_REQUESTS = [
     ("Lookup", lookup_request(max_wait_s=61.0), "max_wait_s", "0 to 60"),
     ("Seal", pb.SealRequest(reservation_ids=[1, 2], digests=[3]), "digests", "1 values"),
     ("Seal", pb.SealRequest(reservation_ids=[1] * 4097), "reservation_ids", "4096"),
+    ("Seal", pb.SealRequest(incarnation="w"), "life", "empty"),
     ("Acknowledge", pb.AcknowledgeRequest(reservation_ids=[1] * 4097), "reservation_ids", "4097"),
+    ("Acknowledge", pb.AcknowledgeRequest(attempts=[1] * 4097), "attempts", "limit is 4096"),
+    ("Acknowledge", pb.AcknowledgeRequest(reservation_ids=[1]), "life", "empty"),
+    ("Release", pb.ReleaseRequest(lease_id=1), "life", "empty"),
     ("Release", pb.ReleaseRequest(corrupt_keys=[b"x"]), "corrupt_keys[0]", "1 bytes"),
     ("Discard", pb.DiscardRequest(keys=[b"x"]), "keys[0]", "1 bytes"),
 ]

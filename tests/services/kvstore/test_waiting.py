@@ -11,10 +11,12 @@ from tests.services.kvstore.served_store import (
     KEY_A,
     KEY_B,
     Service,
+    acknowledge_request,
     connect,
     lookup_request,
     put,
     reserve_request,
+    seal_request,
 )
 
 
@@ -30,7 +32,7 @@ async def test_a_reader_that_was_promised_blocks_waits_for_their_seal(service: S
     for number in numbers:
         await asyncio.wait([reading], timeout=0.05)
         assert not reading.done(), "it did not wait for the whole prefix"
-        await stub.Seal(pb.SealRequest(incarnation="w", reservation_ids=[number], digests=[7]))
+        await stub.Seal(seal_request([number], [7]))
     assert len((await reading).offsets) == 2
 
 
@@ -48,24 +50,11 @@ async def test_a_reader_waits_no_longer_than_the_writer_writes(service: Service,
         assert not reading.done()
     if end == "acknowledged":
         number = reserved.reservations[1].reservation_id
-        await stub.Acknowledge(pb.AcknowledgeRequest(incarnation="w", reservation_ids=[number]))
+        await stub.Acknowledge(acknowledge_request(number))
     elif end == "expired":
         service.now[0] += 11.0
         service.index.expire()
     assert len((await reading).offsets) == len(sealed) == 1
-
-
-async def test_a_writer_that_got_no_answer_gives_back_by_attempt(service: Service) -> None:
-    await connect(service)
-    stub = service.stub
-    await stub.Reserve(reserve_request(keys=[KEY_A], attempt=5))
-    await stub.Reserve(reserve_request(keys=[KEY_B], attempt=6))
-    others = pb.AcknowledgeRequest(incarnation="another", attempt=5)
-    assert (await stub.Acknowledge(others)).num_freed == 0
-    own = pb.AcknowledgeRequest(incarnation="w", attempt=5)
-    assert (await stub.Acknowledge(own)).num_freed == 1
-    assert (await stub.Acknowledge(pb.AcknowledgeRequest(incarnation="w"))).num_freed == 0
-    assert service.index.counts().num_reserved == 1
 
 
 async def test_discard_of_a_private_block_under_way(service: Service) -> None:
@@ -74,8 +63,6 @@ async def test_discard_of_a_private_block_under_way(service: Service) -> None:
     reserved = await stub.Reserve(reserve_request(keys=[KEY_A], is_private=True))
     number = reserved.reservations[0].reservation_id
     assert (await stub.Discard(pb.DiscardRequest(keys=[KEY_A]))).num_dropped == 1
-    seal = pb.SealRequest(incarnation="w", reservation_ids=[number], digests=[7])
-    assert not any((await stub.Seal(seal)).sealed)
+    assert not any((await stub.Seal(seal_request([number], [7]))).sealed)
     assert service.index.counts().num_quarantined == 1, "its writer may still write"
-    given_back = pb.AcknowledgeRequest(incarnation="w", reservation_ids=[number])
-    assert (await stub.Acknowledge(given_back)).num_freed == 1
+    assert (await stub.Acknowledge(acknowledge_request(number))).num_freed == 1
