@@ -6,6 +6,7 @@ Owns bounds checks and the merging of spans. Knows no library; never moves a byt
 from __future__ import annotations
 
 import asyncio
+import enum
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,20 @@ OnLate = Callable[["asyncio.Future[None]"], None]
 MAX_SPAN_NUM_BYTES = 32 * 2**20
 
 
+class Transport(enum.StrEnum):
+    """Ways to move bytes of which the peer's process has no part; mirrors kvmesh.v1.Transport."""
+
+    CMA = "cma"
+    CUDA_IPC = "cuda_ipc"
+    RDMA = "rdma"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """One process's transfer agent and its registered arena; mirrors kvmesh.v1.Agent."""
+    """One process's transfer agent and its registered arena; mirrors kvmesh.v1.Agent.
+
+    The name's bytes lie at name_address in the memory of process pid.
+    """
 
     name: str
     nixl_version: str
@@ -31,6 +43,9 @@ class Agent:
     arena_num_bytes: int
     incarnation: str
     host_id: str
+    pid: int = 0
+    name_address: int = 0
+    transports: tuple[Transport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
