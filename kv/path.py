@@ -19,10 +19,21 @@ import enum
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kv.transfer import Agent, Transport
+if TYPE_CHECKING:
+    from kv.transfer import Agent
 
 RDMA_DEVICES = Path("/dev/infiniband")
+
+
+class Transport(enum.StrEnum):
+    """Ways to move bytes of which the peer's process has no part; mirrors kvmesh.v1.Transport."""
+
+    CMA = "cma"
+    CUDA_IPC = "cuda_ipc"
+    RDMA = "rdma"
+
 
 # As UCX_TLS may call them, aliases included.
 _NAMES = {

@@ -6,7 +6,6 @@ Owns bounds checks and the merging of spans. Knows no library; never moves a byt
 from __future__ import annotations
 
 import asyncio
-import enum
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,18 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kv.path import Transport
+
 Offsets = NDArray[np.uint64]
 Positions = Sequence[int] | NDArray[np.integer[Any]]
 OnLate = Callable[["asyncio.Future[None]"], None]
 MAX_SPAN_NUM_BYTES = 32 * 2**20
-
-
-class Transport(enum.StrEnum):
-    """Ways to move bytes of which the peer's process has no part; mirrors kvmesh.v1.Transport."""
-
-    CMA = "cma"
-    CUDA_IPC = "cuda_ipc"
-    RDMA = "rdma"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

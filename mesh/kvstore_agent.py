@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kv.transfer import Agent, Transport
+from kv.path import Transport
+from kv.transfer import Agent
 from protos import kvstore_pb2
 
 _TO_WIRE = {

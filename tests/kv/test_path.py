@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kv import path
-from kv.path import KvPath, choose, one_sided
-from kv.transfer import Agent, Transport
+from kv.path import KvPath, Transport, choose, one_sided
+from kv.transfer import Agent
 
 NAME = ctypes.create_string_buffer(b"kvstore-a")
 STORE = Agent(

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kv.errors import PeerVersionMismatch, TransferError, TransferTimeout
-from kv.transfer import Agent, OnLate, Transport
+from kv.path import Transport
+from kv.transfer import Agent, OnLate
 
 BLOCK = 128
 Settled = asyncio.Future[None]
@@ -61,33 +62,33 @@ class CopyTransfer:
 
     async def read(
         self,
-        peer: str,
-        local: Any,
-        remote: Any,
+        peer_name: str,
+        local_offsets: Any,
+        remote_offsets: Any,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
     ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for to, origin in zip(local, remote, strict=True):
+        await self._wire(peer_name, deadline_s, on_late)
+        theirs = self.network.arenas[peer_name]
+        for to, origin in zip(local_offsets, remote_offsets, strict=True):
             self.arena[to : to + num_bytes] = theirs[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
+        self.network.num_moved += len(local_offsets)
 
     async def write(
         self,
-        peer: str,
-        local: Any,
-        remote: Any,
+        peer_name: str,
+        local_offsets: Any,
+        remote_offsets: Any,
         num_bytes: int,
         deadline_s: float,
         on_late: OnLate | None = None,
     ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for origin, to in zip(local, remote, strict=True):
+        await self._wire(peer_name, deadline_s, on_late)
+        theirs = self.network.arenas[peer_name]
+        for origin, to in zip(local_offsets, remote_offsets, strict=True):
             theirs[to : to + num_bytes] = self.arena[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
+        self.network.num_moved += len(local_offsets)
 
     def close(self) -> None:
         pass
