@@ -26,13 +26,13 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import numpy as np
 
 from benchmarks.transfer_bandwidth import cpu_name
-from kv.transfer import Agent
+from kv.transfer import Agent, Transfer
 from mesh.channel import MAX_MESSAGE_BYTES
 from mesh.process import rss_num_bytes
 from mesh.server import ServiceServer
@@ -50,7 +50,7 @@ WHO = "bench"
 
 
 class NamedTransfer:
-    """Stands for NIXL: the store only asks who it is."""
+    """Stands for NIXL: as nobody fetches, the store only asks who it is."""
 
     def __init__(self, arena_num_bytes: int) -> None:
         self.agent = Agent(
@@ -75,7 +75,7 @@ class Bench:
         self.servicer = KvStoreServicer(
             index=self.index,
             callers=CallerTable(clock=time.monotonic),
-            transfer=NamedTransfer(slots.num_bytes),
+            transfer=cast(Transfer, NamedTransfer(slots.num_bytes)),
             telemetry=telemetry,
         )
         self.telemetry = telemetry

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import importlib
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from kv.errors import TransferError
+from kv.path import one_sided
 from kv.thread_transfer import PART_NUM_BYTES, ThreadTransfer
 from kv.transfer import Agent, Offsets, Spans
 from kv.transfer_thread import TransferThread
@@ -32,6 +34,7 @@ log = logging.getLogger("kvmesh.transfer")
 Arena = tuple[int, int] | np.ndarray[Any, Any]
 
 _ENVIRONMENT = {
+    "UCX_TLS": "all",
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "y",
     "UCX_TCP_CONN_NB": "y",
     "UCX_TCP_SYN_CNT": "2",
@@ -73,7 +76,7 @@ class NixlTransfer(ThreadTransfer):
         `environment` adds UCX variables, such as UCX_NET_DEVICES; the user's own still win.
         RuntimeError: NIXL is missing or has no UCX backend.
         """
-        nixl, nixl_version = _load({**_ENVIRONMENT, **(environment or {})})
+        nixl, nixl_version, variables = _load({**_ENVIRONMENT, **(environment or {})})
         name = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
         backend = _NixlBackend(nixl, arena, device_id)
 
@@ -85,15 +88,7 @@ class NixlTransfer(ThreadTransfer):
 
         thread = TransferThread(make)
         thread.start()
-        agent = Agent(
-            name=name,
-            nixl_version=nixl_version,
-            metadata=backend.metadata,
-            arena_address=backend.arena_address,
-            arena_num_bytes=backend.arena_num_bytes,
-            incarnation=incarnation,
-            host_id=_host_id(),
-        )
+        agent = backend.agent(name, nixl_version, incarnation, variables["UCX_TLS"])
         part = PART_NUM_BYTES if device_id is None else _DEVICE_PART_NUM_BYTES
         return cls(agent=agent, backend=backend, thread=thread, loop=loop, part_num_bytes=part)
 
@@ -112,11 +107,27 @@ class _NixlBackend:
             arena = (arena.ctypes.data, arena.nbytes)
         self.arena_address, self.arena_num_bytes = arena
         self.metadata = b""
+        self._name = ctypes.create_string_buffer(0)
         self._agent: Any = None
         self._registered: Any = None
         self._peers: dict[str, Agent] = {}
         self._stuck: list[Any] = []
         self._failures = _failures(nixl)
+
+    def agent(self, name: str, nixl_version: str, incarnation: str, tls: str) -> Agent:
+        """What peers are told of an agent that is open; tls: UCX_TLS, the transports it may use."""
+        return Agent(
+            name=name,
+            nixl_version=nixl_version,
+            metadata=self.metadata,
+            arena_address=self.arena_address,
+            arena_num_bytes=self.arena_num_bytes,
+            incarnation=incarnation,
+            host_id=_host_id(),
+            pid=os.getpid(),
+            name_address=ctypes.addressof(self._name),
+            transports=one_sided(tls, is_on_gpu=self._memory == "VRAM"),
+        )
 
     def open(self, name: str) -> None:
         """Makes the agent with a progress thread that sleeps, and registers the whole arena."""
@@ -134,6 +145,7 @@ class _NixlBackend:
         arena = np.array([[self.arena_address, self.arena_num_bytes, self._device_id]], np.uint64)
         self._registered = self._agent.register_memory(arena, self._memory)
         self.metadata = self._agent.get_agent_metadata()
+        self._name = ctypes.create_string_buffer(name.encode())
 
     def add_peer(self, agent: Agent) -> None:
         """Loads a peer's metadata; its name must be the one the peer gave."""
@@ -212,10 +224,11 @@ class _NixlBackend:
             raise TransferError(peer, f"NIXL {reason}: {error}") from error
 
 
-def _load(environment: Mapping[str, str]) -> tuple[Any, str]:
-    """The library and its version; its logs go where all logs go, not to stdout."""
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
+def _load(environment: Mapping[str, str]) -> tuple[Any, str, dict[str, str]]:
+    """The library, its version and the variables as they are now; its logs go where all logs go,
+    not to stdout.
+    """
+    variables = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
     raise_exceptions = logging.raiseExceptions
     for module in ("nixl_cu13", "nixl"):
         try:
@@ -230,7 +243,7 @@ def _load(environment: Mapping[str, str]) -> tuple[Any, str]:
     logger = logging.getLogger("nixl")
     logger.handlers.clear()
     logger.propagate = True
-    return nixl, nixl_version
+    return nixl, nixl_version, variables
 
 
 def _bindings(nixl: Any) -> Any:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kv.path import Transport
+
 Offsets = NDArray[np.uint64]
 Positions = Sequence[int] | NDArray[np.integer[Any]]
 OnLate = Callable[["asyncio.Future[None]"], None]
@@ -22,7 +24,10 @@ MAX_SPAN_NUM_BYTES = 32 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """One process's transfer agent and its registered arena; mirrors kvmesh.v1.Agent."""
+    """One process's transfer agent and its registered arena; mirrors kvmesh.v1.Agent.
+
+    The name's bytes lie at name_address in the memory of process pid.
+    """
 
     name: str
     nixl_version: str
@@ -31,6 +36,9 @@ class Agent:
     arena_num_bytes: int
     incarnation: str
     host_id: str
+    pid: int = 0
+    name_address: int = 0
+    transports: tuple[Transport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,12 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         ("--chunk-tokens", "most prompt tokens computed per step, at least 16"),
     ):
         workers.add_argument(flag, type=int, metavar="N", help=text + "; default: the service's")
+    workers.add_argument(
+        "--kv-path",
+        choices=("auto", "read", "write"),
+        default="auto",
+        help="who moves blocks from kvstores to workers: the worker (read) or the store (write)",
+    )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="where the gateway listens")
     network.add_argument("--port", type=int, default=50051, help="public port; 0 picks a free one")
@@ -156,6 +162,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         load_format=args.load_format,
+        kv_path=args.kv_path,
         kv_bytes=args.kv_bytes,
         store_bytes=args.store_bytes,
         store_host=args.store_host,

@@ -6,6 +6,7 @@ Owns the judgement and the remedies. Anything that may crash runs in a child pro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import enum
 import importlib.metadata
@@ -75,6 +76,7 @@ def examine(*, measure: bool) -> Iterator[Check]:
     yield check_torch(probe("torch"))
     yield from check_nixl(probe("nixl"), _version(NIXL) or _version("nixl"))
     yield check_cma(read_sibling)
+    yield check_path(find_paths())
     if measure:
         yield check_bandwidth(measure_bandwidth())
     yield from (check_port(port) for port in PORTS)
@@ -169,6 +171,16 @@ def check_cma(read: Callable[[], str]) -> Check:
     )
 
 
+def check_path(facts: dict[str, Any]) -> Check:
+    """Who moves the blocks between kvstores and workers whose memory is DRAM (kv/path.py)."""
+    if "error" in facts:
+        remedy = "the checks of nixl say what is missing"
+        detail = str(facts["error"])
+        return Check(name="kv path", state=State.WARN, detail=detail, remedy=remedy)
+    detail = f"{facts['here']} from kvstores of this host, {facts['elsewhere']} from others"
+    return Check(name="kv path", state=State.OK, detail=f"auto: {detail}")
+
+
 def check_bandwidth(facts: dict[str, Any]) -> Check:
     """What a NIXL transfer between two processes reaches here: the best row of the benchmark."""
     if "error" in facts:
@@ -232,20 +244,33 @@ def run_json(module: str, *flags: str) -> dict[str, Any]:
 
 def read_sibling() -> str:
     """Lets one child read another's memory; returns what went wrong, empty when it worked."""
+    with _owner("cma-owner") as line:
+        facts = json.loads(line)
+        answer = run_json("kvmesh.probes", "cma-reader", str(facts["pid"]), str(facts["address"]))
+        if "error" in answer:
+            return str(answer["error"])
+        return "" if answer["head"] == facts["head"] else "read other bytes than were written"
+
+
+def find_paths() -> dict[str, Any]:
+    """The paths to a kvstore `here` and `elsewhere`, or the failure under `error`."""
+    with _owner("path-owner") as line:
+        return run_json("kvmesh.probes", "path-reader", line)
+
+
+@contextlib.contextmanager
+def _owner(name: str) -> Iterator[str]:
+    """A probe that lives as long as the with block, and its first line."""
     owner = subprocess.Popen(
-        [sys.executable, "-m", "kvmesh.probes", "cma-owner"],
+        [sys.executable, "-m", "kvmesh.probes", name],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        assert owner.stdin is not None and owner.stdout is not None
-        facts = json.loads(owner.stdout.readline())
-        answer = run_json("kvmesh.probes", "cma-reader", str(facts["pid"]), str(facts["address"]))
-        if "error" in answer:
-            return str(answer["error"])
-        return "" if answer["head"] == facts["head"] else "read other bytes than were written"
+        assert owner.stdout is not None
+        yield owner.stdout.readline()
     finally:
         owner.communicate()
 

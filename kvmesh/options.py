@@ -49,6 +49,7 @@ class MeshOptions:
     dtype: str = "auto"
     kv_dtype: str = "auto"
     load_format: str = "auto"
+    kv_path: str = "auto"
     kv_bytes: str | None = None
     store_bytes: str | None = None
     store_host: str | None = None

@@ -123,7 +123,7 @@ def _worker(
             *("--device", options.device, "--dtype", options.dtype),
             *("--kv-dtype", options.kv_dtype, "--load-format", options.load_format),
             *("--gpu-memory-fraction", str(options.gpu_memory_fraction)),
-            *("--num-threads", str(threads)),
+            *("--num-threads", str(threads), "--kv-path", options.kv_path),
             *_sizes(options),
         ),
     )

@@ -6,19 +6,23 @@ along. Owns no judgement: it reports facts.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import dataclasses
 import importlib
 import json
 import os
 import secrets
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kv.path import choose, read_memory
+
+if TYPE_CHECKING:
+    from kv.nixl_transfer import NixlTransfer
 
 NUM_BYTES = 2**20
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
 
 def nixl() -> dict[str, object]:
@@ -68,15 +72,45 @@ def cma_owner() -> dict[str, object]:
 def cma_reader() -> dict[str, object]:
     """Reads a sibling's buffer with process_vm_readv, as UCX's CMA transport does."""
     pid, address = int(sys.argv[2]), int(sys.argv[3])
-    buffer = ctypes.create_string_buffer(NUM_BYTES)
-    local = _IoVec(ctypes.addressof(buffer), NUM_BYTES)
-    remote = _IoVec(address, NUM_BYTES)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.process_vm_readv.restype = ctypes.c_ssize_t
-    count = libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    if count != NUM_BYTES:
-        return {"error": os.strerror(ctypes.get_errno())}
-    return {"head": buffer.raw[:16].hex()}
+    try:
+        return {"head": read_memory(pid, address, NUM_BYTES)[:16].hex()}
+    except OSError as error:
+        return {"error": error.strerror}
+
+
+async def path_owner() -> dict[str, object]:
+    """Stands for a kvstore: tells of its agent, and ends when standard input closes."""
+    store = _small_transfer("doctor-store")
+    agent = dataclasses.asdict(store.agent)
+    print(json.dumps({**agent, "metadata": store.agent.metadata.hex()}), flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    store.close()
+    return {}
+
+
+async def path_reader() -> dict[str, object]:
+    """Stands for a worker: the path to that kvstore, and to one like it on another host."""
+    from kv.transfer import Agent  # needs numpy, which a client's environment may lack
+
+    store = Agent(**json.loads(sys.argv[2]))
+    worker = _small_transfer("doctor-worker")
+    elsewhere = dataclasses.replace(store, host_id="elsewhere", pid=0)
+    paths = [choose("auto", worker.agent, agent) for agent in (store, elsewhere)]
+    worker.close()
+    return {"here": paths[0], "elsewhere": paths[1]}
+
+
+def _small_transfer(role: str) -> NixlTransfer:
+    import numpy as np
+
+    from kv.nixl_transfer import NixlTransfer
+
+    return NixlTransfer.create(
+        role=role,
+        incarnation=role,
+        arena=np.zeros(4096, dtype=np.uint8),
+        loop=asyncio.get_running_loop(),
+    )
 
 
 PROBES: dict[str, Callable[[], dict[str, object]]] = {
@@ -84,6 +118,8 @@ PROBES: dict[str, Callable[[], dict[str, object]]] = {
     "torch": torch,
     "cma-owner": cma_owner,
     "cma-reader": cma_reader,
+    "path-owner": lambda: asyncio.run(path_owner()),
+    "path-reader": lambda: asyncio.run(path_reader()),
 }
 
 if __name__ == "__main__":

@@ -126,12 +126,15 @@ WORKERS = {
     "kv_transfer_duration": histogram(
         "kvmesh.kv.transfer.duration",
         "s",
-        "one NIXL transfer",
+        "one NIXL transfer; fetch: the store's part of a get that it carried out",
         buckets.TRANSFER_S,
-        direction=("get", "put"),
+        direction=("get", "put", "fetch"),
     ),
     "kv_transfer_io": counter(
-        "kvmesh.kv.transfer.io", "By", "bytes moved by NIXL", direction=("get", "put")
+        "kvmesh.kv.transfer.io",
+        "By",
+        "bytes moved by NIXL; fetch: those of a get that the store carried out",
+        direction=("get", "put", "fetch"),
     ),
     "kv_prefix_tokens": counter(
         "kvmesh.kv.prefix.tokens",

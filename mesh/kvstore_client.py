@@ -34,7 +34,10 @@ RESERVE_S = 120.0
 
 
 class KvStoreClient:
-    """All shards. `follow` says which, from then on; `close` before the transfer is closed."""
+    """All shards. `follow` says which, from then on; `close` before the transfer is closed.
+
+    path: one of kv.path.PATH_CHOICES. ValueError: block_num_bytes is below 1.
+    """
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class KvStoreClient:
         incarnation: str,
         digest: Callable[[list[int]], Awaitable[list[int]]],
         telemetry: Telemetry,
+        path: str = "auto",
         open_channel: Callable[[str, Telemetry | None], grpc.aio.Channel] = open_channel,
     ) -> None:
         if block_num_bytes < 1:
@@ -51,7 +55,7 @@ class KvStoreClient:
 
         def make(address: str) -> Shard:
             channel = open_channel(address, telemetry)
-            return Shard(address=address, channel=channel, transfer=transfer)
+            return Shard(address=address, channel=channel, transfer=transfer, path=path)
 
         self._members = Members(make)
         background = Background()
@@ -69,6 +73,20 @@ class KvStoreClient:
     def states(self) -> dict[str, str]:
         """Address to connecting, up, down or leaving."""
         return self._members.states
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Address to read or write (see kv/path.py), of stores that have been connected."""
+        return self._members.paths
+
+    @property
+    def detail(self) -> str:
+        """States and paths, in words."""
+        paths = {address: f" ({path})" for address, path in self.paths.items()}
+        words = [
+            f"{address} {state}{paths.get(address, '')}" for address, state in self.states.items()
+        ]
+        return f"kvstore: {', '.join(words)}" if words else "no kvstore"
 
     def follow(self, addresses: Iterable[str]) -> None:
         """Connects to who is new in the background; whoever is missing ends what is under way."""

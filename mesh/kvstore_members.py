@@ -34,6 +34,12 @@ class Members:
         states = dict.fromkeys([*self._leaving, *self._closing], "leaving")
         return states | {address: shard.state.value for address, shard in self.shards.items()}
 
+    @property
+    def paths(self) -> dict[str, str]:
+        """Address to read or write, of members that have been connected."""
+        shards = self.shards.items()
+        return {address: shard.path.value for address, shard in shards if shard.path is not None}
+
     def follow(self, addresses: Iterable[str]) -> None:
         """These are the members from now on; new ones are connected in the background."""
         wanted = dict.fromkeys(addresses)

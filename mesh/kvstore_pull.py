@@ -1,4 +1,4 @@
-"""One pull: Lookup, READ, Release, verify. Owns the leases of the pull, which always end.
+"""One pull: Lookup, READ or Fetch, Release, verify. Owns the leases of the pull, which always end.
 
 Never returns a block unless it was read whole, under a lease that held, and has the digest that was
 stored at Seal. The store's trouble becomes a shorter prefix and a counted failure.
@@ -143,7 +143,7 @@ class Pull:
         )
 
     async def _fetch(self, lease: _Lease, num_found: int) -> None:
-        """READs one lease's blocks of the common prefix."""
+        """Brings one lease's blocks of the common prefix."""
         indices = [index for index in lease.indices if index < num_found]
         local_ids = [self._block_ids[index] for index in indices]
         num_bytes, started_at = self._shards.block_num_bytes, time.monotonic()
@@ -155,6 +155,7 @@ class Pull:
                 self._deadline.remaining_s,
                 lambda settled: self._hold(local_ids, settled),
                 life=lease.life,
+                lease_id=lease.lease_id,
             )
         except TROUBLE as error:
             reason = "timeout" if isinstance(error, TransferTimeout) else "read"

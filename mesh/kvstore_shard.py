@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kv.errors import TransferError, TransferTimeout
+from kv.path import KvPath, choose
 from kv.transfer import Agent, OnLate, Transfer
 from mesh.errors import DeadlineExceeded, KvmeshError, Unavailable, from_rpc_error
+from mesh.kvstore_agent import agent_from_wire, agent_to_wire
+from mesh.kvstore_connection import Connection
+from mesh.kvstore_fetch import Fetches
 from mesh.uses import Uses
 from protos import kvstore_pb2, kvstore_pb2_grpc
 
@@ -46,7 +51,10 @@ class ShardState(enum.Enum):
 class Shard:
     """One store. Run `run` as a task; `call`, `read` and `write` fail fast while it is not up."""
 
-    def __init__(self, *, address: str, channel: grpc.aio.Channel, transfer: Transfer) -> None:
+    def __init__(
+        self, *, address: str, channel: grpc.aio.Channel, transfer: Transfer, path: str = "auto"
+    ) -> None:
+        """path: one of kv.path.PATH_CHOICES."""
         self.address = address
         self.state = ShardState.CONNECTING
         self.attempted = asyncio.Event()
@@ -57,7 +65,13 @@ class Shard:
         self._channel = channel
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
         self._transfer = transfer
-        self._peer: Agent | None = None
+        self._wanted_path = path
+        self._connection: Connection | None = None
+        self._fetches = Fetches(
+            stub=self._stub,
+            transfer=transfer,
+            on_broken=functools.partial(self._lose, is_path_broken=True),
+        )
         self._is_path_broken = False
         self._lost = asyncio.Event()
         self._reason = ""
@@ -65,12 +79,17 @@ class Shard:
     @property
     def arena_num_bytes(self) -> int:
         """Length of the store's arena; 0 before the first connection."""
-        return self._peer.arena_num_bytes if self._peer else 0
+        return self._connection.agent.arena_num_bytes if self._connection else 0
 
     @property
     def life(self) -> str:
         """Which life of the store is connected: slots and leases are that life's alone."""
-        return self._peer.name if self._peer else ""
+        return self._connection.agent.name if self._connection else ""
+
+    @property
+    def path(self) -> KvPath | None:
+        """How `read` brings blocks here; None before the first connection."""
+        return self._connection.path if self._connection else None
 
     async def run(self) -> None:
         """Connects, waits for a loss, backs off, for ever. The back-off bounds peer changes too."""
@@ -117,13 +136,13 @@ class Shard:
         # Whoever chose this shard just before it left: what it granted now would be lost.
         if self._is_closed or (self.has_left and name in _OPENING):
             raise Unavailable(f"kvstore {self.address} has left", reason="KVSTORE_DOWN")
-        peer, timeout_s = self._peer, min(deadline_s, RPC_TIMEOUT_S)
+        connection, timeout_s = self._connection, min(deadline_s, RPC_TIMEOUT_S)
         try:
             with self.uses.held():
                 return await getattr(self._stub, name)(request, timeout=max(0.0, timeout_s))
         except grpc.aio.AioRpcError as failure:
             error = from_rpc_error(failure)
-            is_ours = peer is self._peer
+            is_ours = connection is self._connection
             if is_ours and _is_loss(error, had_full_time=timeout_s >= RPC_TIMEOUT_S):
                 self._lose(f"{name}: {error}", is_path_broken=False)
             raise error from failure
@@ -137,10 +156,21 @@ class Shard:
         on_late: OnLate,
         *,
         life: str,
+        lease_id: int,
     ) -> None:
-        """NIXL READ from this life of the store. TransferError as in Transfer.read."""
-        move = self._transfer.read
-        await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
+        """Brings the first blocks of a lease of this life of the store, on the connection's path.
+
+        TransferError as in Transfer.read.
+        """
+        connection = self._connection
+
+        def move(on_late: OnLate) -> Awaitable[None]:
+            args = (local, remote, num_bytes, deadline_s, on_late)
+            if connection is not None and connection.path is KvPath.WRITE:
+                return self._fetches.fetch(connection, lease_id, *args)
+            return self._transfer.read(life, *args)
+
+        await self._move(move, deadline_s, on_late, life)
 
     async def write(
         self,
@@ -153,8 +183,11 @@ class Shard:
         life: str,
     ) -> None:
         """NIXL WRITE into this life of the store. TransferError as in Transfer.write."""
-        move = self._transfer.write
-        await self._move(move, local, remote, num_bytes, deadline_s, on_late, life)
+
+        def move(on_late: OnLate) -> Awaitable[None]:
+            return self._transfer.write(life, local, remote, num_bytes, deadline_s, on_late)
+
+        await self._move(move, deadline_s, on_late, life)
 
     async def disconnect(self, *, keeps_peer: bool = False) -> None:
         """Ends its transfers; calls of `even_down` still go out. `run` must have ended.
@@ -162,9 +195,9 @@ class Shard:
         keeps_peer: another shard transfers with the same life of the store.
         """
         self.state = ShardState.DOWN
-        peer, self._peer = self._peer, None
-        if peer is not None and not keeps_peer:
-            await self._disconnect(peer)
+        connection, self._connection = self._connection, None
+        if connection is not None and not keeps_peer:
+            await connection.cut_off()
 
     async def close(self) -> None:
         """Forgets the store; `run` must have ended."""
@@ -174,18 +207,15 @@ class Shard:
 
     async def _move(
         self,
-        move: Callable[..., Any],
-        local: Sequence[int],
-        remote: Sequence[int],
-        num_bytes: int,
+        move: Callable[[OnLate], Awaitable[None]],
         deadline_s: float,
         on_late: OnLate,
         life: str,
     ) -> None:
-        peer = self._peer
-        if peer is None or self.state is not ShardState.UP:
+        connection = self._connection
+        if connection is None or self.state is not ShardState.UP:
             raise TransferError(self.address, self.state.value)
-        if peer.name != life:
+        if connection.agent.name != life:
             raise TransferError(self.address, "restarted since it granted this")
 
         def pin_late(settled: asyncio.Future[None]) -> None:
@@ -195,10 +225,10 @@ class Shard:
 
         try:
             with self.uses.held():
-                await move(peer.name, local, remote, num_bytes, deadline_s, pin_late)
+                await move(pin_late)
         except TransferError as error:
             is_slow = isinstance(error, TransferTimeout) and deadline_s < _HUNG_S
-            if peer is self._peer and not is_slow:
+            if connection is self._connection and not is_slow:
                 self._lose(str(error), is_path_broken=True)
             raise
 
@@ -215,25 +245,36 @@ class Shard:
         if agent is None:
             self.state = ShardState.DOWN
             return False
-        old = self._peer
-        if old is not None and (old.name != agent.name or self._is_path_broken):
-            self._peer = None
-            await self._disconnect(old)
-        self._peer = agent  # before it is loaded: what is cut short here is unloaded, too
+        connection = await self._connection_to(agent)
+        self._connection = connection  # before it is loaded: what is cut short is unloaded, too
         try:
             async with asyncio.timeout(RPC_TIMEOUT_S):
                 await self._transfer.connect(agent)
         except (TransferError, TimeoutError) as error:
-            self.state = ShardState.DOWN
             self._explain(str(error) or "NIXL did not answer")
+            self._is_path_broken = True
+        if self._is_path_broken:
+            self.state = ShardState.DOWN
             return False
-        self._is_path_broken = False
         self._lost.clear()
         self.state = ShardState.UP
         self._reason = ""
         self.up.set()
-        log.info("kvstore %s: up, incarnation %s", self.address, agent.incarnation)
+        log.info(
+            "kvstore %s: up (%s), incarnation %s", self.address, connection.path, agent.incarnation
+        )
         return True
+
+    async def _connection_to(self, agent: Agent) -> Connection:
+        """The NIXL peer that is there serves on, unless it is of another life or broken."""
+        old, transfer = self._connection, self._transfer
+        if old is not None and old.agent.name == agent.name and not self._is_path_broken:
+            return Connection(agent=agent, path=old.path, transfer=transfer, after=old)
+        self._is_path_broken = False  # first: it may break again meanwhile
+        if old is not None:
+            await old.cut_off()
+        path = choose(self._wanted_path, transfer.agent, agent)
+        return Connection(agent=agent, path=path, transfer=transfer)
 
     async def _exchange(self) -> Agent | None:
         request = kvstore_pb2.ConnectRequest(agent=agent_to_wire(self._transfer.agent))
@@ -243,13 +284,6 @@ class Shard:
             self._explain(f"Connect: {from_rpc_error(failure)}")
             return None
         return agent_from_wire(response.agent)
-
-    async def _disconnect(self, peer: Agent) -> None:
-        try:
-            async with asyncio.timeout(RPC_TIMEOUT_S):
-                await self._transfer.disconnect(peer.name)
-        except (TransferError, TimeoutError) as error:
-            log.debug("kvstore %s: disconnect: %s", self.address, error)
 
     def _explain(self, reason: str) -> None:
         """Logs a loss once, not at every attempt."""
@@ -262,29 +296,3 @@ def _is_loss(error: KvmeshError, *, had_full_time: bool) -> bool:
     if isinstance(error, DeadlineExceeded):
         return had_full_time
     return isinstance(error, Unavailable) or error.reason == UNKNOWN_INCARNATION
-
-
-def agent_to_wire(agent: Agent) -> kvstore_pb2.Agent:
-    """The message that carries an agent."""
-    return kvstore_pb2.Agent(
-        name=agent.name,
-        nixl_version=agent.nixl_version,
-        metadata=agent.metadata,
-        arena_address=agent.arena_address,
-        arena_num_bytes=agent.arena_num_bytes,
-        incarnation=agent.incarnation,
-        host_id=agent.host_id,
-    )
-
-
-def agent_from_wire(message: kvstore_pb2.Agent) -> Agent:
-    """The agent a message carries; `Transfer.connect` checks it."""
-    return Agent(
-        name=message.name,
-        nixl_version=message.nixl_version,
-        metadata=message.metadata,
-        arena_address=message.arena_address,
-        arena_num_bytes=message.arena_num_bytes,
-        incarnation=message.incarnation,
-        host_id=message.host_id,
-    )

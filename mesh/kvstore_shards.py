@@ -62,7 +62,7 @@ class Shards:
         return num_bytes == self.block_num_bytes and offset <= room
 
     def count_moved(self, direction: str, num_blocks: int, duration_s: float) -> None:
-        """Records one transfer that went well; direction is get or put."""
+        """Records one transfer that went well; direction is get or put, whoever moved."""
         instruments, attributes = self.telemetry.instruments, {"direction": direction}
         instruments.kv_transfer_duration.record(duration_s, attributes)
         instruments.kv_transfer_io.add(num_blocks * self.block_num_bytes, attributes)

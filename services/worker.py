@@ -78,6 +78,7 @@ class Worker:
             incarnation=incarnation,
             digest=self._digest,
             telemetry=telemetry,
+            path=settings.kv_path,
         )
         observe_worker(telemetry, self.engine, self.store, runner.cache.storage.device)
         self._discovery = Discovery(settings.kvstore)
@@ -224,13 +225,12 @@ class Worker:
     ) -> status_pb2.InstanceStatus:
         """The present state, for StatusService."""
         config, pool = self.runner.config, self.pool
-        stores = ", ".join(f"{addr} {state}" for addr, state in self.store.states.items())
         status = status_pb2.InstanceStatus(
             role=role,
             address=address,
             incarnation=self.incarnation,
             ready=ready,
-            detail=f"kvstore: {stores}" if stores else "no kvstore",
+            detail=self.store.detail,
             model=status_pb2.WorkerModel(
                 name=self.settings.model_name or self.settings.model.resolve().name,
                 architecture=config.architecture,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kv.path import PATH_CHOICES
 from mesh.discovery import SOURCES_HELP, parse_sources
 from mesh.service_settings import ServiceSettings
 from mesh.settings import setting
@@ -53,6 +54,13 @@ class WorkerSettings(ServiceSettings):
         choices=("cpu", "cuda"),
     )
     kvstore: tuple[str, ...] = setting((), group="mesh", help=SOURCES_HELP, parse=parse_sources)
+    kv_path: str = setting(
+        "auto",
+        group="mesh",
+        help="who moves the blocks of a pull: this worker (read) or the store (write); auto is "
+        "read where shared memory, GPUs of one host or RDMA carry it",
+        choices=PATH_CHOICES,
+    )
     kv_bytes: str | None = setting(
         None,
         group="memory",

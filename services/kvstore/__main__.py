@@ -90,7 +90,7 @@ class KvStore:
             mover=self._mover,
             max_watchers=self._settings.max_watchers,
         )
-        sweep = asyncio.create_task(self._sweep(), name="sweep")
+        sweep = asyncio.create_task(self._sweep(servicer), name="sweep")
         sweep.add_done_callback(lambda _: stop.set())
         try:
             await self._serve(servicer, stop)
@@ -141,12 +141,12 @@ class KvStore:
         num_pending = disk.num_pending if disk else 0
         return bool(counts.num_leases or counts.num_reserved or num_pending)
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, servicer: KvStoreServicer) -> None:
         """Expires what nobody asks about, so that counts and slots come back by themselves."""
         while True:
             await asyncio.sleep(self._settings.sweep_s)
             self._index.expire()
-            self._callers.expire()
+            await servicer.expire()
             if self._mover is not None:
                 self._mover.wake()
 

@@ -51,7 +51,8 @@ def check_books(
     claimed = {claim.row: claim.offset for claim in reservations.live.values()}
     rows = np.flatnonzero(state == BlockState.RESERVED).tolist()
     assert claimed == {row: blocks.offset.at[row] for row in rows}, "claims and rows disagree"
-    _check_holds(blocks, [*(lease.rows for lease in leases.live.values()), moving])
+    holders = [*leases.live.values(), *leases.uses]
+    _check_holds(blocks, [*(holder.rows for holder in holders), moving])
     assert deadlines.live(Due.RESERVATION) == set(reservations.live)
     assert deadlines.live(Due.QUARANTINE) == set(reservations.quarantined)
     assert deadlines.live(Due.LEASE) == set(leases.live)
@@ -88,7 +89,9 @@ def _check_holds(blocks: Blocks, holders: Iterable[RowArray]) -> None:
     num_holds = np.zeros_like(blocks.num_holds.values)
     for rows in holders:
         np.add.at(num_holds, rows, 1)
-    assert (num_holds == blocks.num_holds.values).all(), "holds are not those of leases and moves"
+    assert (num_holds == blocks.num_holds.values).all(), (
+        "holds are not those of leases, uses and moves"
+    )
     held = blocks.state.values[num_holds > 0]
     assert np.isin(held, (BlockState.SEALED, BlockState.DROPPED)).all(), "an unsealed block is held"
     is_dropped = blocks.state.values == BlockState.DROPPED

@@ -63,7 +63,7 @@ class BlockIndex:
         self.lower = LowerTiers(
             self._blocks, self._memory, host_num_bytes=host_num_bytes, disk_num_bytes=disk_num_bytes
         )
-        self._leases = Leases(self._blocks, self._memory)
+        self.leases = Leases(self._blocks, self._memory)
         tiers = (self._memory.leaves, *(tier.leaves for tier in self.lower.all))
         self._pins = Pins(self._blocks, tiers, int(pinned_share * slots.num_bytes))
         self._reservations = Reservations(
@@ -117,7 +117,7 @@ class BlockIndex:
         self.expire()
         named = set(attempts) - {0}  # which is no name
         self._given_up.add(owner, named, self._clock())
-        for lease_id in self._leases.of_attempts(owner, named):
+        for lease_id in self.leases.of_attempts(owner, named):
             self._end_lease(lease_id)
         return self._reservations.acknowledge(owner, self._reservations.of_attempts(owner, named))
 
@@ -127,13 +127,13 @@ class BlockIndex:
         """Leases the longest sealed prefix of the keys in memory and marks it as used."""
         self.expire()
         wanted = () if self._given_up.has(owner, attempt) else keys
-        rows = self._leases.sealed_prefix(wanted, num_bytes)
+        rows = self.leases.sealed_prefix(wanted, num_bytes)
         lease_id = 0
         if len(rows):
             lease_id = next(self._ids)
-            self._leases.begin(lease_id, owner, rows, attempt)
+            self.leases.begin(lease_id, owner, rows, attempt)
             self._deadlines.set(Due.LEASE, lease_id, self._clock() + ttl_s)
-        return self._leases.leased(lease_id, rows, num_bytes)
+        return self.leases.leased(lease_id, rows, num_bytes)
 
     def first_reserved(self, keys: Sequence[bytes]) -> int:
         """The reservation of the first block of the keys that nobody can read yet; 0 for none."""
@@ -143,7 +143,7 @@ class BlockIndex:
     def release(self, owner: str, lease_id: int) -> LeaseOutcome:
         """Ends a lease and drops its private blocks; EXPIRED when ended, unknown or another's."""
         self.expire()
-        lease = self._leases.live.get(lease_id)
+        lease = self.leases.live.get(lease_id)
         if lease and lease.owner == owner:
             self._end_lease(lease_id)
             return LeaseOutcome.HELD
@@ -218,7 +218,7 @@ class BlockIndex:
         self.expire()
         for number in self._reservations.of_owner(owner):
             self._reservations.end(number)
-        for lease_id in self._leases.of_owner(owner):
+        for lease_id in self.leases.of_owner(owner):
             self._end_lease(lease_id)
         for pin_id in self._pins.of_owner(owner):
             self._end_pin(pin_id)
@@ -245,7 +245,7 @@ class BlockIndex:
             blocks=self._blocks,
             lower=self.lower,
             reservations=self._reservations,
-            leases=self._leases,
+            leases=self.leases,
             pins=self._pins,
         )
 
@@ -258,7 +258,7 @@ class BlockIndex:
             blocks=self._blocks,
             memory=self._memory,
             reservations=self._reservations,
-            leases=self._leases,
+            leases=self.leases,
             pins=self._pins,
             moving=self.lower.held_rows(),
             deadlines=self._deadlines,
@@ -289,7 +289,7 @@ class BlockIndex:
 
     def _end_lease(self, lease_id: int) -> None:
         self._deadlines.cancel(Due.LEASE, lease_id)
-        for row in self._leases.end(lease_id):
+        for row in self.leases.end(lease_id):
             self._drop(row)
 
     def _end_pin(self, pin_id: int) -> None:

@@ -23,13 +23,23 @@ class Lease:
     attempt: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Use:
+    """Slots that a WRITE to a reader reads: not reused before it is over, lease or no lease."""
+
+    rows: RowArray
+    offsets: RowArray
+    num_bytes: int
+
+
 class Leases:
-    """Leases by id."""
+    """Leases by id, and uses that may outlive them."""
 
     def __init__(self, blocks: Blocks, memory: MemoryTier) -> None:
         self._blocks = blocks
         self._memory = memory
         self.live: dict[int, Lease] = {}
+        self.uses: set[Use] = set()
 
     def sealed_prefix(self, keys: Sequence[bytes], num_bytes: int) -> RowArray:
         """The leading blocks of the keys that can be read in memory now."""
@@ -52,6 +62,23 @@ class Leases:
             offsets=self._blocks.offset.values.take(rows),
             digests=self._blocks.digest.values.take(rows),
         )
+
+    def begin_use(self, lease_id: int, num_blocks: int) -> Use:
+        """Holds the first blocks of a live lease once more, until `end_use`."""
+        rows, blocks = self.live[lease_id].rows[:num_blocks], self._blocks
+        self._memory.hold(rows)
+        use = Use(
+            rows=rows,
+            offsets=blocks.offset.values.take(rows),
+            num_bytes=blocks.num_bytes.at[rows[0]],
+        )
+        self.uses.add(use)
+        return use
+
+    def end_use(self, use: Use) -> None:
+        """Takes that hold away."""
+        self.uses.remove(use)
+        self._memory.unhold(use.rows)
 
     def end(self, lease_id: int) -> list[int]:
         """Takes the hold away; returns rows of private blocks, which go with whoever read them."""

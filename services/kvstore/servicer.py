@@ -1,28 +1,30 @@
 """KvStoreService: the wire's side of the block index.
 
 Owns validation and translation; every decision is the index's. Bytes never pass through here.
-Handlers run on the event loop; only Lookups (of blocks in lower tiers or being written) and Watches
-wait.
+Handlers run on the event loop; only Lookups (of blocks in lower tiers or being written), Fetches
+and Watches wait.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from typing import Protocol
 
-from kv.transfer import Agent
+from kv.transfer import Transfer
 from mesh.errors import FailedPrecondition, Unavailable
+from mesh.kvstore_agent import agent_from_wire, agent_to_wire
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2, kvstore_pb2_grpc
 from services.kvstore.block import Leased, LeaseOutcome, Reserved, ReserveOutcome
 from services.kvstore.callers import CallerTable
+from services.kvstore.fetches import Fetches, FetchOutcome
 from services.kvstore.index import BlockIndex
 from services.kvstore.mover import Mover
 from services.kvstore.validation import (
     MAX_LIFE_NUM_BYTES,
     MAX_TENANT_NUM_BYTES,
     check_count,
+    check_deadline,
     check_keys,
     check_num_bytes,
     check_present,
@@ -42,16 +44,12 @@ _OUTCOMES = {
     ReserveOutcome.ALREADY_RESERVED: kvstore_pb2.Reservation.OUTCOME_ALREADY_RESERVED,
     ReserveOutcome.FULL: kvstore_pb2.Reservation.OUTCOME_FULL,
 }
+_FETCHED = {
+    FetchOutcome.WRITTEN: kvstore_pb2.FetchResponse.OUTCOME_WRITTEN,
+    FetchOutcome.EXPIRED: kvstore_pb2.FetchResponse.OUTCOME_EXPIRED,
+    FetchOutcome.BROKEN: kvstore_pb2.FetchResponse.OUTCOME_BROKEN,
+}
 log = logging.getLogger("kvmesh.kvstore")
-
-
-class Transfer(Protocol):
-    """The one thing the store asks of its transfer: who it is."""
-
-    @property
-    def agent(self) -> Agent:
-        """The store's agent."""
-        ...
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -72,6 +70,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._mover = mover
         self._callers = callers
         self._agent = transfer.agent
+        self._fetches = Fetches(index=index, transfer=transfer, telemetry=telemetry)
         self._watchers = Watchers(index=index, life=self._agent.name, limit=max_watchers)
         self._telemetry = telemetry
         self._draining = False
@@ -82,10 +81,15 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._draining = True
         self._watchers.close()
 
+    async def expire(self) -> None:
+        """Forgets silent callers, and their agents."""
+        for agent_name in self._callers.expire():
+            await self._fetches.forget(agent_name)
+
     async def Connect(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.ConnectRequest, context: object
     ) -> kvstore_pb2.ConnectResponse:
-        """Exchanges agents with a peer of the same NIXL version."""
+        """Exchanges agents with a peer of the same NIXL version. Ends its Fetches of before."""
         theirs = request.agent
         check_present("agent.name", theirs.name)
         check_present("agent.incarnation", theirs.incarnation)
@@ -96,8 +100,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 reason="NIXL_VERSION_MISMATCH",
             )
         self._check_open()
-        self._callers.add(theirs)
-        return kvstore_pb2.ConnectResponse(agent=_agent_message(self._agent))
+        if before := self._callers.add(theirs):
+            await self._fetches.forget(before)
+        return kvstore_pb2.ConnectResponse(agent=agent_to_wire(self._agent))
 
     async def Reserve(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.ReserveRequest, context: object
@@ -166,6 +171,17 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             digests=leased.digests.tolist(),
             num_bytes=leased.num_bytes,
         )
+
+    async def Fetch(  # noqa: N802 - gRPC method name
+        self, request: kvstore_pb2.FetchRequest, context: object
+    ) -> kvstore_pb2.FetchResponse:
+        """WRITEs leased blocks to their reader."""
+        check_count("local_offsets", request.local_offsets)
+        check_deadline(request.deadline_s)
+        reader = agent_from_wire(self._callers.require(request.incarnation))
+        offsets = list(request.local_offsets)
+        outcome = await self._fetches.fetch(reader, request.lease_id, offsets, request.deadline_s)
+        return kvstore_pb2.FetchResponse(outcome=_FETCHED[outcome])
 
     async def Release(  # noqa: N802 - gRPC method name
         self, request: kvstore_pb2.ReleaseRequest, context: object
@@ -260,15 +276,3 @@ def _reservation(answer: Reserved, num_bytes: int) -> kvstore_pb2.Reservation:
         message.reservation_id = answer.reservation_id
         message.slot.offset, message.slot.num_bytes = answer.offset, num_bytes
     return message
-
-
-def _agent_message(agent: Agent) -> kvstore_pb2.Agent:
-    return kvstore_pb2.Agent(
-        name=agent.name,
-        nixl_version=agent.nixl_version,
-        metadata=agent.metadata,
-        arena_address=agent.arena_address,
-        arena_num_bytes=agent.arena_num_bytes,
-        incarnation=agent.incarnation,
-        host_id=agent.host_id,
-    )

@@ -45,6 +45,32 @@ def check_ttl(ttl_s: float) -> None:
         raise invalid("ttl_s", f"{ttl_s}; must be above 0 and at most {MAX_TTL_S:g} seconds")
 
 
+def check_deadline(deadline_s: float) -> None:
+    """In (0, 300]; NaN is not."""
+    if not 0 < deadline_s <= MAX_TTL_S:
+        raise invalid(
+            "deadline_s", f"{deadline_s}; must be above 0 and at most {MAX_TTL_S:g} seconds"
+        )
+
+
+def check_local_offsets(offsets: Sequence[int], num_lent: int) -> None:
+    """At least one, and no more than blocks that are lent."""
+    if not 0 < len(offsets) <= num_lent:
+        raise invalid("local_offsets", f"{len(offsets)} values; the lease has {num_lent} blocks")
+
+
+def check_inside(field: str, offsets: Sequence[int], num_bytes: int, arena_num_bytes: int) -> None:
+    """Blocks of num_bytes lie inside an arena."""
+    room = arena_num_bytes - num_bytes
+    for position, offset in enumerate(offsets):
+        if offset > room:
+            raise invalid(
+                f"{field}[{position}]",
+                f"{offset}; a block of {num_bytes} bytes must lie in the arena of "
+                f"{arena_num_bytes} bytes",
+            )
+
+
 def check_wait(max_wait_s: float) -> None:
     """In [0, 60]; NaN is not."""
     if not 0 <= max_wait_s <= MAX_WAIT_S:

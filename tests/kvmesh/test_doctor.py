@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvmesh import doctor
 from kvmesh.doctor import State
 
@@ -17,6 +19,7 @@ def test_every_problem_comes_with_a_remedy() -> None:
         next(doctor.check_nixl(NIXL, "1.0.0")),
         list(doctor.check_nixl({**NIXL, "backends": []}, "1.5.1"))[1],
         doctor.check_cma(lambda: "Operation not permitted"),
+        doctor.check_path({"error": "NIXL is missing"}),
         doctor.check_bandwidth({"error": "crashed"}),
     ]
     assert all(check.state is not State.OK and check.remedy for check in problems)
@@ -48,6 +51,16 @@ def test_nixl_opens_ucx_here() -> None:
 
 def test_the_cma_probe_reads_the_right_bytes_or_says_why_not() -> None:
     assert doctor.read_sibling() in ("", "Operation not permitted")
+
+
+def test_the_paths_are_those_that_workers_here_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = not doctor.read_sibling()
+    assert doctor.find_paths()["here"] == ("read" if reads else "write")
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    facts = doctor.find_paths()
+    assert facts == {"here": "write", "elsewhere": "write"}
+    detail = doctor.check_path(facts).detail
+    assert detail == "auto: write from kvstores of this host, write from others"
 
 
 def test_the_report_lists_findings_and_remedies() -> None:

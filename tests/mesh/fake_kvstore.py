@@ -13,8 +13,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from mesh.errors import FailedPrecondition, Unavailable
+from mesh.kvstore_agent import agent_to_wire
 from mesh.kvstore_client import KvStoreClient, PullResult
-from mesh.kvstore_shard import agent_to_wire
 from mesh.server import ServiceServer
 from mesh.telemetry import Telemetry
 from protos import kvstore_pb2, kvstore_pb2_grpc

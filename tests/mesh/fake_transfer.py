@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kv.errors import PeerVersionMismatch, TransferError, TransferTimeout
+from kv.path import Transport
 from kv.transfer import Agent, OnLate
 
 BLOCK = 128
@@ -34,6 +35,7 @@ class CopyTransfer:
         self.arena = np.zeros(num_blocks * BLOCK, dtype=np.uint8)
         network.arenas[name] = self.arena
         self.peers: set[str] = set()
+        self._hanging: dict[str, list[Settled]] = {}
         self.agent = Agent(
             name=name,
             nixl_version=version,
@@ -42,6 +44,7 @@ class CopyTransfer:
             arena_num_bytes=num_blocks * BLOCK,
             incarnation=name,
             host_id="here",
+            transports=(Transport.RDMA,),
         )
 
     async def connect(self, agent: Agent) -> None:
@@ -53,29 +56,45 @@ class CopyTransfer:
 
     async def disconnect(self, name: str) -> None:
         self.peers.discard(name)
+        for settled in self._hanging.pop(name, ()):
+            if not settled.done():
+                settled.set_result(None)
 
     async def read(
-        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
+        self,
+        peer_name: str,
+        local_offsets: Any,
+        remote_offsets: Any,
+        num_bytes: int,
+        deadline_s: float,
+        on_late: OnLate | None = None,
     ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for to, origin in zip(local, remote, strict=True):
+        await self._wire(peer_name, deadline_s, on_late)
+        theirs = self.network.arenas[peer_name]
+        for to, origin in zip(local_offsets, remote_offsets, strict=True):
             self.arena[to : to + num_bytes] = theirs[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
+        self.network.num_moved += len(local_offsets)
 
     async def write(
-        self, peer: str, local: Any, remote: Any, num_bytes: int, deadline_s: float, on_late: OnLate
+        self,
+        peer_name: str,
+        local_offsets: Any,
+        remote_offsets: Any,
+        num_bytes: int,
+        deadline_s: float,
+        on_late: OnLate | None = None,
     ) -> None:
-        await self._wire(peer, deadline_s, on_late)
-        theirs = self.network.arenas[peer]
-        for origin, to in zip(local, remote, strict=True):
+        await self._wire(peer_name, deadline_s, on_late)
+        theirs = self.network.arenas[peer_name]
+        for origin, to in zip(local_offsets, remote_offsets, strict=True):
             theirs[to : to + num_bytes] = self.arena[origin : origin + num_bytes]
-        self.network.num_moved += len(local)
+        self.network.num_moved += len(local_offsets)
 
     def close(self) -> None:
         pass
 
-    async def _wire(self, peer: str, deadline_s: float, on_late: OnLate) -> None:
+    async def _wire(self, peer: str, deadline_s: float, on_late: OnLate | None) -> None:
+        late = on_late or (lambda settled: None)
         assert peer in self.peers
         self.network.started.set()
         if self.network.fails:
@@ -84,11 +103,13 @@ class CopyTransfer:
             return
         settled: Settled = asyncio.get_running_loop().create_future()
         self.network.late.append(settled)
+        self._hanging.setdefault(peer, []).append(settled)
         try:
-            await asyncio.wait_for(asyncio.Event().wait(), deadline_s)
+            await asyncio.wait_for(asyncio.shield(settled), deadline_s)
         except TimeoutError as error:
-            on_late(settled)
+            late(settled)
             raise TransferTimeout(peer, "hangs", settled) from error
         except asyncio.CancelledError:
-            on_late(settled)
+            late(settled)
             raise
+        raise TransferError(peer, "disconnected")

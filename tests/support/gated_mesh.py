@@ -54,7 +54,7 @@ class Holds:
 class GatedMesh(Mesh):
     """Two prefills, two decode ranks, one kvstore; what nobody ends by itself expires soon."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, env: dict[str, str] | None = None) -> None:
         self.gates: dict[tuple[str, str], Gate] = {}
         self.clock = Clock(model)
         super().__init__(
@@ -63,7 +63,7 @@ class GatedMesh(Mesh):
             num_decode=2,
             worker_flags=("--chunk-tokens", "64"),
             store_flags=("--private-ttl-s", "10", "--quarantine-s", "2"),
-            env=self.clock.env,
+            env={**self.clock.env, **(env or {})},
         )
 
     def route(self, user: str, process: Process) -> str:

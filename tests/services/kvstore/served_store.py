@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import pytest
 
-from kv.transfer import Agent
+from kv.transfer import Agent, Transfer
 from mesh.errors import KvmeshError, from_rpc_error
 from mesh.server import ServiceServer
 from mesh.telemetry import Telemetry
@@ -27,7 +28,7 @@ LIFE = "kvstore-test"
 
 
 class NamedTransfer:
-    """Stands for NIXL: the store only asks who it is."""
+    """Stands for NIXL: as nobody fetches, the store only asks who it is."""
 
     agent = Agent(
         name=LIFE,
@@ -59,7 +60,7 @@ async def served_store() -> AsyncIterator[Service]:
     servicer = KvStoreServicer(
         index=index,
         callers=CallerTable(clock=lambda: now[0], idle_s=1000),
-        transfer=NamedTransfer(),
+        transfer=cast(Transfer, NamedTransfer()),
         telemetry=telemetry,
     )
     server = ServiceServer(host="127.0.0.1", port=0, telemetry=telemetry)

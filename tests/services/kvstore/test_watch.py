@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
-from kv.transfer import Agent
+from kv.transfer import Agent, Transfer
 from mesh.errors import from_rpc_error
 from mesh.kvstore_watch import StoreWatch
 from mesh.server import ServiceServer
@@ -37,7 +37,7 @@ RESPONSE = pb.WatchResponse
 
 
 class Named:
-    """Stands for NIXL: the store only asks who it is."""
+    """Stands for NIXL: as nobody fetches, the store only asks who it is."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -58,7 +58,7 @@ class Store:
         self.servicer = KvStoreServicer(
             index=self.index,
             callers=CallerTable(clock=lambda: 0.0),
-            transfer=Named(replace(AGENT, name=f"kvstore-{self._num_lives}")),
+            transfer=cast(Transfer, Named(replace(AGENT, name=f"kvstore-{self._num_lives}"))),
             telemetry=telemetry,
             max_watchers=2,
         )
