@@ -7,6 +7,7 @@ is down at once: nobody waits for it until Connect has answered. Never retries a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import functools
 import logging
@@ -111,11 +112,10 @@ class Shard:
         """
         health = health_pb2_grpc.HealthStub(self._channel)
         while not self._lost.is_set():
-            try:
-                await asyncio.wait_for(self._lost.wait(), _HEARTBEAT_S)
-                return
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEARTBEAT_S):  # wait_for swallows a cancellation
+                    await self._lost.wait()
+                    return
             try:
                 await health.Check(  # pyright: ignore[reportAttributeAccessIssue]
                     health_pb2.HealthCheckRequest(), timeout=RPC_TIMEOUT_S

@@ -88,6 +88,19 @@ async def test_a_frozen_store_is_noticed_before_a_request_asks_it(
     assert mesh.stores[0].num_keys_asked == []
 
 
+@pytest.mark.parametrize("num_turns", range(4))
+async def test_a_client_that_closes_just_when_a_store_is_lost_ends(
+    mesh: Mesh, num_turns: int
+) -> None:
+    client = await mesh.started()
+    (shard,) = client._members.shards.values()
+    shard._lose("lost", is_path_broken=False)
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(PATIENCE_S):
+        await client.close()
+
+
 async def test_blocks_under_a_late_read_are_held_until_it_settles(mesh: Mesh) -> None:
     client = await mesh.started()
     mesh.fill(3)
