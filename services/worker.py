@@ -61,8 +61,7 @@ class Worker:
         self.settings = settings
         self.runner = runner
         self.telemetry = telemetry
-        self.incarnation = incarnation
-        self.fingerprint = fingerprint
+        self.incarnation, self.fingerprint = incarnation, fingerprint
         self.block_tokens = runner.layout.block_tokens
         self.pool = BlockPool(runner.cache.num_blocks, self.block_tokens)
         self.listeners: list[Callable[[StepOutcome], None]] = []
