@@ -18,9 +18,9 @@ FROM ${BASE}
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp kvmesh
 COPY --from=build /opt/kvmesh /opt/kvmesh
 ENV PATH=/opt/kvmesh/bin:$PATH PYTHONUNBUFFERED=1 KVMESH_HOST=0.0.0.0 KVMESH_PORT=50051 \
-    KVMESH_ADMIN_PORT=50052 TOKENIZERS_PARALLELISM=false
+    KVMESH_ADMIN_PORT=50052 KVMESH_HTTP_PORT=50053 TOKENIZERS_PARALLELISM=false
 USER 10001:10001
-EXPOSE 50051 50052
+EXPOSE 50051 50052 50053
 HEALTHCHECK --interval=5s --timeout=4s --start-period=300s --retries=3 \
     CMD ["kvmesh", "health"]
 ENTRYPOINT ["python", "-m", "services.gateway"]
