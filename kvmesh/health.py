@@ -38,4 +38,4 @@ def check(address: str, service: str, timeout_s: float) -> int:
     with grpc.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
-        return stub.Check(request, timeout=timeout_s).status
+        return stub.Check(request, timeout=timeout_s).status  # pyright: ignore[reportAttributeAccessIssue]
