@@ -1,8 +1,8 @@
 """How long from `docker-compose up` to the first token, and how large the images are.
 
 `python -m benchmarks.compose`: builds compose.yaml's default profile, starts it --repeats times
-from nothing (after the first time its files are in the page cache) and asks for one token over and over
-from the moment that `up` is called. Needs root and a container engine, as tests/compose does.
+from nothing (after the first time its files are in the page cache) and asks for one token over and
+over from the moment that `up` is called. Needs root and a container engine, as tests/compose does.
 """
 
 from __future__ import annotations
