@@ -1,4 +1,4 @@
-# The only door. Targets: setup, run, test, test-faults, check, docs, bench, test-gpu, bench-gpu, clean.
+# The only door. Targets: setup, run, test, test-compose, test-faults, check, docs, bench, test-gpu, bench-gpu, clean.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,13 +12,14 @@ PYTEST_FLAGS ?=
 MODEL ?= models/demo
 SAMPLE ?= In the beginning
 
-.PHONY: help setup run test test-faults check format docs bench require-gpu test-gpu bench-gpu clean
+.PHONY: help setup run test test-compose test-faults check format docs bench require-gpu test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup   virtual environment, dependencies, gRPC stubs (quick when done)"
 	@echo "make run     setup, then a mesh on $(MODEL) until Ctrl-C"
 	@echo "make test    setup, then the whole test suite; PYTEST_FLAGS='-k name' narrows it"
+	@echo "make test-compose  setup, then the mesh of compose.yaml in containers (minutes; root and docker)"
 	@echo "make test-faults   setup, then every fault in every phase (minutes; make test runs the most telling)"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
 	@echo "make docs    writes docs/telemetry.md from the table of metrics"
@@ -55,6 +56,9 @@ run: setup
 
 test: setup
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-compose: setup
+	@$(BIN)/python -m pytest tests/compose -m "compose or not compose" $(PYTEST_FLAGS)
 
 test-faults: setup
 	@$(BIN)/python -m pytest tests/e2e/faults -m "slow or not slow" $(PYTEST_FLAGS)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmesh import bench, doctor, generate, status
+from kvmesh import bench, doctor, generate, health, status
 from kvmesh.client import DEFAULT_ADDR
 from kvmesh.options import MeshOptions
 from kvmesh.up import run_up
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers = [
         (generate.add_arguments, "generate", "stream one answer", generate.run_generate),
         (status.add_arguments, "status", "show the mesh's instances", status.run_status),
+        (health.add_arguments, "health", "ask a process if it is ready", health.run_health),
         (bench.add_arguments, "bench", "put a mesh under load and measure it", bench.run_bench),
     ]
     for add_arguments, name, help_text, run in parsers:
