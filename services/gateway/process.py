@@ -67,7 +67,6 @@ class Gateway:
             host=settings.host, port=settings.admin_port, telemetry=telemetry
         )
         self._add_services(backend, tokenizer)
-        telemetry.observe("peer_state", self.router.peer_states)
 
     @property
     def is_ready(self) -> bool:
@@ -127,6 +126,7 @@ class Gateway:
             await self.router.changed()
 
     def _add_services(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        backend.telemetry.observe("peer_state", self.router.peer_states)
         self._server.add(
             gateway_pb2_grpc.add_GenerationServiceServicer_to_server,
             GenerationServicer(backend, self.registry),
