@@ -24,7 +24,7 @@ TEXT = (ROOT / "compose.yaml").read_text()
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)["services"]
 OURS = {name: service for name, service in SERVICES.items() if "kvmesh/" in service["image"]}
 MOVERS = [name for name in OURS if name.endswith(("prefill", "kvstore")) or "decode" in name]
-SETS = chain.from_iterable(combinations(PROFILES, size) for size in range(len(PROFILES) + 1))
+SETS = [*chain.from_iterable(combinations(PROFILES, n) for n in range(len(PROFILES) + 1))]
 EXAMPLE = (ROOT / ".env.example").read_text()
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "gateway": GatewaySettings,
