@@ -12,7 +12,8 @@ from mesh.instruments import TO_FIRST_TOKEN, TO_SECOND_TOKEN
 FIRST, EACH = "time_to_first_token", "time_per_output_token"
 FIRST_CHOICE, EACH_CHOICE = "first_token_slo", "per_token_slo"
 ENDED = rate("requests")
-ERRORS = promql.rest(rate("requests", state=("completed", "aborted", "cancelled")), ENDED)
+WELL = ("completed", "aborted", "cancelled", "rejected")
+FAILED = promql.rest(rate("requests", state=WELL), ENDED)
 
 
 def _phases(stage: str, phases: tuple[str, ...]) -> tuple[Query, ...]:
@@ -38,7 +39,7 @@ NOW = Row(
             "Share of the requests whose first token came within the chosen limit.",
             within(FIRST, FIRST_CHOICE),
         ),
-        number("Errors", "Share of the requests that failed or were rejected.", ERRORS),
+        number("Errors", "Share of the requests that the mesh failed.", FAILED),
         number(
             "Ready",
             "Instances that the gateway gives work to; a store is one that answers it.",
