@@ -1,4 +1,5 @@
-# The only door. Targets: setup, run, test, test-compose, test-faults, check, docs, bench, test-gpu, bench-gpu, clean.
+# The only door. Targets: setup, run, test, test-compose, test-faults, check, docs, dashboards, bench,
+# test-gpu, bench-gpu, clean.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ PYTEST_FLAGS ?=
 MODEL ?= models/demo
 SAMPLE ?= In the beginning
 
-.PHONY: help setup run test test-compose test-faults check format docs bench require-gpu test-gpu bench-gpu clean
+.PHONY: help setup run test test-compose test-faults check format docs dashboards bench require-gpu test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,7 @@ help:
 	@echo "make test-faults   setup, then every fault in every phase (minutes; make test runs the most telling)"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
 	@echo "make docs    writes docs/telemetry.md from the table of metrics"
+	@echo "make dashboards   writes the Grafana boards dashboards/*.json from their Python"
 	@echo "make bench   setup, then a short load test of a mesh of its own"
 	@echo "make test-gpu, make bench-gpu   setup, then tests or benchmarks on this machine's NVIDIA GPU;"
 	@echo "             BENCHMARKS='gemm norm' narrows them"
@@ -77,6 +79,9 @@ format: setup
 
 docs: setup
 	@$(BIN)/python -m tools.telemetry_docs
+
+dashboards: setup
+	@$(BIN)/python -m dashboards.build
 
 bench: setup
 	@$(BIN)/kvmesh bench --start --model $(MODEL)
