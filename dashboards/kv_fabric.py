@@ -6,12 +6,10 @@ from dashboards import promql
 from dashboards.board import Board, Look, Row
 from dashboards.panels import number, panel, query
 from dashboards.promql import entries, growth, level, quantile, rate, share, volume
-from mesh.instruments import TIERS
 
-FOUND = promql.ratio(rate("kv_lookup_blocks", result=TIERS), rate("kv_lookup_blocks"))
+FOUND = promql.ratio(rate("kv_lookup_blocks", result=("memory", "below")), rate("kv_lookup_blocks"))
 REUSED = promql.ratio(rate("kv_prefix_tokens", result="hit"), rate("kv_prefix_tokens"))
-PLACES = ("free", "reserved", "sealed", "quarantined")  # a slot is in one of them
-HOLDS = ("leased", "pinned", "copied")  # what else is true of sealed blocks
+PLACES = ("sealed", "reserved", "private", "promoting", "quarantined", "dropped")
 
 
 NOW = Row(
@@ -61,7 +59,8 @@ BLOCKS = Row(
     panels=(
         panel(
             "Slots of the stores' memory",
-            "Reserved ones are being written. Quarantined ones wait for a late writer.",
+            "Reserved: being written. Private: a prompt's tail. Promoting: coming back from a lower "
+            "tier. Quarantined: waiting for a late writer. Dropped: read to the end, then free.",
             Look.STACKED,
             query(level("kv_blocks", by="state", state=PLACES, tier="memory"), "{{state}}"),
         ),
@@ -70,12 +69,6 @@ BLOCKS = Row(
             "A block may be in several tiers.",
             Look.LINES,
             query(level("kv_blocks", by="tier", state="sealed"), "{{tier}}"),
-        ),
-        panel(
-            "What is true of sealed blocks",
-            "Leased: being read. Pinned: never evicted. Copied: in a lower tier as well.",
-            Look.LINES,
-            query(level("kv_blocks", by="state", state=HOLDS), "{{state}}"),
         ),
         panel(
             "Evictions",

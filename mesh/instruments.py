@@ -20,13 +20,14 @@ ROLES = ("prefill", "decode", "kvstore")
 DISPOSITIONS = ("delivered", "cancelled", "discarded", "recomputed")
 STEP_PARTS = ("schedule", "forward", "sample", "emit")
 TO_FIRST_TOKEN = ("queue", "lookup", "get", "verify", "prefill", "put")
-TO_SECOND_TOKEN = ("handover", "lookup", "get", "verify", "first_step")
+TO_SECOND_TOKEN = ("handover", "first_step")
 STAGES = ("first_token", "second_token")
 PHASES = tuple(dict.fromkeys((*TO_FIRST_TOKEN, *TO_SECOND_TOKEN)))
-TIERS = ("memory", "host", "disk")
+TIERS = ("memory", "dram", "disk")
 VERIFY_REASONS = (
     "lookup", "slot", "timeout", "read", "lease", "digest", "identity", "reported_corrupt",
-    "disk_start", "disk_header", "disk_digest", "disk_read", "disk_write", "host_copy", "gone",
+    "disk_start", "disk_read", "disk_header", "disk_digest", "disk_copy", "disk_full",
+    "disk_write", "host_read", "host_write",
 )  # fmt: skip
 
 
@@ -154,14 +155,14 @@ STORE = {
         "kvmesh.kv.tier.blocks",
         "{block}",
         "blocks copied to a lower tier (demoted), back (promoted), or not (skipped)",
-        tier=("host", "disk"),
+        tier=("dram", "disk"),
         move=("demoted", "promoted", "skipped"),
     ),
     "kv_lookup_blocks": counter(
         "kvmesh.kv.lookup.blocks",
         "{block}",
-        "blocks that lookups asked for, by where they were",
-        result=(*TIERS, "miss"),
+        "blocks that lookups for reuse asked for: in memory, in a tier below it, or nowhere",
+        result=("memory", "below", "miss"),
     ),
 }
 OBSERVED = {
@@ -169,7 +170,7 @@ OBSERVED = {
         "kvmesh.kv.blocks",
         "{block}",
         "blocks of a store",
-        state=("free", "reserved", "sealed", "leased", "pinned", "quarantined", "copied"),
+        state=("sealed", "reserved", "private", "quarantined", "dropped", "promoting"),
         tier=TIERS,
     ),
     "kv_evictions": observed(
@@ -178,7 +179,7 @@ OBSERVED = {
         "blocks that left a tier",
         Kind.OBSERVED_COUNTER,
         tier=TIERS,
-        cause=("room", "quota", "discarded", "corrupt", "expired"),
+        cause=("room", "quota"),
     ),
     "kv_leases_expired": observed(
         "kvmesh.kv.lease.expired",

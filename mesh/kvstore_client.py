@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import grpc
@@ -131,9 +130,8 @@ class KvStoreClient:
         sealed soon. ValueError: not as many blocks as keys.
         """
         _check_same_len(keys, block_ids)
-        started_at = time.monotonic()
         if not keys:
-            return PullResult(num_blocks=0, get_s=0.0, failures=())
+            return PullResult(num_blocks=0, failures=())
         pull = Pull(
             shards=self._shards,
             keys=keys,
@@ -143,11 +141,10 @@ class KvStoreClient:
             waits_for_writers=waits_for_writers,
         )
         with self._shards.telemetry.tracer.start_as_current_span("kv.get") as span:
-            num_blocks = await pull.run()
+            result = await pull.run()
             span.set_attribute("kvmesh.keys", len(keys))
-            span.set_attribute("kvmesh.blocks", num_blocks)
-        get_s = time.monotonic() - started_at
-        return PullResult(num_blocks=num_blocks, get_s=get_s, failures=tuple(pull.failures))
+            span.set_attribute("kvmesh.blocks", result.num_blocks)
+        return result
 
     def publish(
         self,

@@ -25,7 +25,7 @@ from kv.block import salted_root
 from kv.nixl_transfer import NixlTransfer
 from mesh.discovery import Discovery
 from mesh.errors import FailedPrecondition, invalid
-from mesh.kvstore_client import KvStoreClient
+from mesh.kvstore_client import KvStoreClient, PullResult
 from mesh.kvstore_shards import each
 from mesh.process import num_fds, rss_num_bytes, task_count
 from mesh.status import Rate
@@ -162,31 +162,30 @@ class Worker:
         tail_key: bytes = b"",
         *,
         waits_for_writers: bool = False,
-    ) -> tuple[int, bool]:
+    ) -> tuple[PullResult, bool]:
         """Pulls the longest sealed prefix of keys into `blocks`, and a private tail into the block
-        behind them; the store drops the tail then. How many blocks are verified, and the tail.
+        behind them; the store drops the tail then. What came, and whether the tail did.
 
         waits_for_writers: what is still being written is waited for, a second at most.
         Blocks that a late READ may still write are quarantined; `blocks` ends before the first.
         """
         held: list[int] = []
-        num_pulled = [0, 0]
+        results = [PullResult(num_blocks=0, failures=())] * 2
 
         async def pull(number: int, names: list[bytes], targets: list[int]) -> None:
-            result = await self.store.pull(
+            results[number] = await self.store.pull(
                 names,
                 targets,
                 deadline_s=PULL_DEADLINE_S,
                 hold=self._holder(held),
                 waits_for_writers=waits_for_writers,
             )
-            num_pulled[number] = result.num_blocks
 
         whole = len(keys)
         tail = [pull(1, [tail_key], blocks[whole : whole + 1])] if tail_key else []
         await each([pull(0, keys, blocks[:whole]), *tail])
         self._drop_held(blocks, held)
-        return num_pulled[0], num_pulled[1] == 1
+        return results[0], results[1].num_blocks == 1
 
     def quarantine(self, block_ids: list[int], settled: asyncio.Future[None]) -> None:
         """Keeps blocks from reuse until the transfer that may write them is over."""

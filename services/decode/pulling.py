@@ -26,12 +26,12 @@ async def pull(
     tail_key = b""
     if handoff is not None and handoff.tail_key and _is_for(worker, handoff, root, token_ids):
         tail_key = handoff.tail_key
-    num_pulled, has_tail = await worker.pull(
+    pulled, has_tail = await worker.pull(
         keys, blocks, tail_key, waits_for_writers=handoff is not None
     )
-    if has_tail and num_pulled == len(keys):
+    if has_tail and pulled.num_blocks == len(keys):
         return len(token_ids)
-    return num_pulled * worker.block_tokens
+    return pulled.num_blocks * worker.block_tokens
 
 
 def _is_for(worker: Worker, handoff: common_pb2.Handoff, root: bytes, token_ids: list[int]) -> bool:

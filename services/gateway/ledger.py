@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from mesh.telemetry import Instruments
-from protos import gateway_pb2
+from protos import gateway_pb2, prefill_pb2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,19 +23,34 @@ class Ledger:
     prefill_s: float = 0.0
     put_s: float = 0.0
     get_s: float = 0.0
+    pull_s: dict[str, float] = field(default_factory=dict)  # of prefill, by phase
+    admitted_at: float | None = None
+    second_token_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
 
-    def on_started(self, num_cached_tokens: int) -> None:
+    def on_started(self, started: prefill_pb2.PrefillStarted) -> None:
         """A prefill instance begins to compute now."""
-        self.num_cached_tokens = num_cached_tokens
+        self.num_cached_tokens = started.num_cached_tokens
         self.queue_s = time.monotonic() - self.arrived_at
+        self.pull_s = {
+            "lookup": started.lookup_s,
+            "get": started.get_s,
+            "verify": started.verify_s,
+        }
+
+    def on_admitted(self, get_s: float) -> None:
+        """A decode rank has the KV now; it was get_s seconds about it."""
+        self.get_s += get_s
+        self.admitted_at = self.admitted_at or time.monotonic()
 
     def on_token(self) -> None:
         """Tokens came in now."""
         self.last_token_at = time.monotonic()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
+        elif self.second_token_at is None:
+            self.second_token_at = self.last_token_at
 
     def usage(self, output_lens: list[int]) -> gateway_pb2.Usage:
         """The usage message; `output_lens` are the tokens of each sequence.
@@ -64,8 +79,26 @@ class Ledger:
         if self.first_token_at is None or self.last_token_at is None:
             return
         instruments.time_to_first_token.record(self.first_token_at - self.arrived_at)
+        self._record_phases(instruments, self.first_token_at)
         num_steps = max(output_lens, default=0) - 1
         if num_steps > 0:
             instruments.time_per_output_token.record(
                 (self.last_token_at - self.first_token_at) / num_steps
             )
+
+    def _record_phases(self, instruments: Instruments, first_token_at: float) -> None:
+        """Phases that add up to the time to the first token, and from there to the second one."""
+        known = {**self.pull_s, "prefill": self.prefill_s, "put": self.put_s}
+        rest = first_token_at - self.arrived_at - sum(known.values())
+        for phase, duration_s in {"queue": max(0.0, rest), **known}.items():
+            attributes = {"stage": "first_token", "phase": phase}
+            instruments.phase_duration.record(duration_s, attributes)
+        if self.admitted_at is None or self.second_token_at is None:
+            return
+        admitted_at = min(max(first_token_at, self.admitted_at), self.second_token_at)
+        for phase, duration_s in (
+            ("handover", admitted_at - first_token_at),
+            ("first_step", self.second_token_at - admitted_at),
+        ):
+            attributes = {"stage": "second_token", "phase": phase}
+            instruments.phase_duration.record(duration_s, attributes)

@@ -54,7 +54,7 @@ class Placement:
     def on_admitted(self, admitted: decode_pb2.Admitted) -> None:
         """The KV is in place."""
         self.num_pulled_tokens = admitted.num_pulled_tokens
-        self._ledger.get_s += admitted.get_s
+        self._ledger.on_admitted(admitted.get_s)
 
     def on_output(self, output: decode_pb2.SequenceOutput) -> None:
         """New tokens: into the sequence, and back to the rank if a stop string ended it."""

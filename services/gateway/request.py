@@ -212,7 +212,7 @@ class Request:
         )
 
     def _on_started(self, started: prefill_pb2.PrefillStarted) -> None:
-        self._ledger.on_started(started.num_cached_tokens)
+        self._ledger.on_started(started)
         if self._valid.num_prompt_logprobs is None:
             self._send_info(())
 

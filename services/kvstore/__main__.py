@@ -67,6 +67,8 @@ class KvStore:
             settings=settings,
         )
         self._telemetry.observe("kv_blocks", self._observe_blocks)
+        self._telemetry.observe("kv_evictions", self._observe_evictions)
+        self._telemetry.observe("kv_leases_expired", self._observe_expired)
         self._address = ""
         self._ready = False
         self._started_at = time.monotonic()
@@ -196,11 +198,20 @@ class KvStore:
             "dropped": counts.num_dropped,
             "promoting": counts.num_promoting,
         }
-        tier = self._arena.tier
-        numbers = [(value, {"state": state, "tier": tier}) for state, value in states.items()]
+        numbers = [(n, {"state": state, "tier": "memory"}) for state, n in states.items()]
         for lower in self._index.lower.all:
             numbers.append((lower.num_blocks, {"state": "sealed", "tier": lower.name}))
         return numbers
+
+    def _observe_evictions(self) -> list[tuple[int, dict[str, str]]]:
+        causes = self._index.num_evicted
+        numbers = [(n, {"tier": "memory", "cause": cause}) for cause, n in causes.items()]
+        for lower in self._index.lower.all:
+            numbers.append((lower.num_evicted, {"tier": lower.name, "cause": "room"}))
+        return numbers
+
+    def _observe_expired(self) -> list[tuple[int, dict[str, str]]]:
+        return [(n, {"promise": due.name.lower()}) for due, n in self._index.num_expired.items()]
 
 
 def main() -> None:

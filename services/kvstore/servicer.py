@@ -237,11 +237,23 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         ttl_s, attempt = request.ttl_s, request.attempt
         if request.waits_for_writers:
             max_wait_s = await self._waiting.until_written(keys, max_wait_s)
+        num_in_memory = len(self._index.leases.sealed_prefix(keys, num_bytes))
         if self._mover is None:
-            return self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
-        return await self._mover.lookup(
-            owner, keys, num_bytes, ttl_s=ttl_s, max_wait_s=max_wait_s, attempt=attempt
-        )
+            leased = self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
+        else:
+            leased = await self._mover.lookup(
+                owner, keys, num_bytes, ttl_s=ttl_s, max_wait_s=max_wait_s, attempt=attempt
+            )
+        if not request.waits_for_writers:  # a hand-over finds its blocks: it is no reuse
+            self._count_lookup(len(keys), num_in_memory, len(leased.offsets))
+        return leased
+
+    def _count_lookup(self, num_keys: int, num_in_memory: int, num_found: int) -> None:
+        counter = self._telemetry.instruments.kv_lookup_blocks
+        num_below = max(0, num_found - num_in_memory)
+        counter.add(num_found - num_below, {"result": "memory"})
+        counter.add(num_below, {"result": "below"})
+        counter.add(num_keys - num_found, {"result": "miss"})
 
     def _wake(self) -> None:
         """Blocks were sealed or dropped: there may be something to move."""

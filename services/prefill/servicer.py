@@ -149,17 +149,21 @@ class Prompt:
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
         with worker.telemetry.tracer.start_as_current_span("prefill.pull"):
-            num_pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
-        num_cached = num_pulled * block_tokens
+            pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
+        num_cached = pulled.num_blocks * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         tenant = tenant_id(request.cache_salt)
-        self._sending = Sending(worker, self._keys, num_pulled, self._tail_key, tenant)
-        self._num_sent = num_pulled
+        self._sending = Sending(worker, self._keys, pulled.num_blocks, self._tail_key, tenant)
+        self._num_sent = pulled.num_blocks
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()
         worker.engine.add(self._sequence)
         return prefill_pb2.PrefillStarted(
-            num_cached_tokens=num_cached, queue_s=self._compute_started_at - self._arrived_at
+            num_cached_tokens=num_cached,
+            queue_s=self._compute_started_at - self._arrived_at,
+            lookup_s=pulled.lookup_s,
+            get_s=pulled.get_s,
+            verify_s=pulled.verify_s,
         )
 
     async def closing(self) -> prefill_pb2.PrefillClosing:

@@ -33,7 +33,7 @@ class LateStore:
 
     async def pull(self, keys: Any, blocks: list[int], *, hold: Any, **_: Any) -> Any:
         hold([blocks[1]], self.settled)
-        return PullResult(num_blocks=1, get_s=0.0, failures=("timeout",))
+        return PullResult(num_blocks=1, failures=("timeout",))
 
     async def close(self) -> None:
         pass

@@ -48,7 +48,7 @@ class Store:
                 hold(blocks, self.late)
             raise
         num_blocks = 0 if self.is_empty else len(keys)
-        return PullResult(num_blocks=num_blocks, get_s=0.0, failures=())
+        return PullResult(num_blocks=num_blocks, failures=())
 
     async def put(self, *_: Any, **__: Any) -> int:
         return 0

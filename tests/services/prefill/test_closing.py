@@ -46,7 +46,7 @@ class Store:
         self.reserved = asyncio.Event()
 
     async def pull(self, *_: Any, **__: Any) -> PullResult:
-        return PullResult(num_blocks=0, get_s=0.0, failures=())
+        return PullResult(num_blocks=0, failures=())
 
     def publish(self, *_: Any, **__: Any) -> Publishing:
         return Publishing(self.reserved)
