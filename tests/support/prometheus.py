@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.error
@@ -48,20 +49,25 @@ def find_programs(folder: Path) -> Programs:
 
 
 def _unpack(folder: Path) -> None:
-    lists, cache = folder / "lists", folder / "cache"
-    for path in (lists / "partial", cache / "archives/partial"):
-        path.mkdir(parents=True, exist_ok=True)
-    own = ("-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}")
-    _run(folder, "apt-get", *own, "update")
-    _run(folder, "apt-get", *own, "download", "prometheus")
-    package = next(folder.glob("prometheus_*.deb"))
-    _run(folder, "dpkg-deb", "-x", str(package), "root")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        download = Path(name)
+        lists, cache = download / "lists", download / "cache"
+        for path in (lists / "partial", cache / "archives/partial"):
+            path.mkdir(parents=True)
+        own = ("-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}")
+        _run(download, "apt-get", *own, "update")
+        _run(download, "apt-get", *own, "download", "prometheus")
+        package = next(download.glob("prometheus_*.deb"))
+        _run(download, "dpkg-deb", "-x", str(package), str(folder / "root"))
 
 
 def _run(folder: Path, *command: str) -> None:
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OSError(str(error)) from error
     if done.returncode:
         raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-400:]}")
 
