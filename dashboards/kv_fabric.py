@@ -59,8 +59,8 @@ BLOCKS = Row(
     panels=(
         panel(
             "Slots of the stores' memory",
-            "Reserved: being written. Private: a prompt's tail. Promoting: coming back from a lower "
-            "tier. Quarantined: waiting for a late writer. Dropped: read to the end, then free.",
+            "Reserved: being written. Private: a prompt's tail. Promoting: coming back from a "
+            "lower tier. Quarantined: waiting for a late writer. Dropped: read out, then free.",
             Look.STACKED,
             query(level("kv_blocks", by="state", state=PLACES, tier="memory"), "{{state}}"),
         ),

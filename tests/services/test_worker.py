@@ -56,7 +56,8 @@ async def test_blocks_from_the_first_late_one_on_leave_the_request_without_waiti
     worker.store = store  # type: ignore[assignment]
     blocks = worker.pool.allocate(4)  # all there is: waiting for a fresh block would never end
     kept = blocks[0]
-    assert await worker.pull([b"a", b"b", b"c"], blocks) == (1, False)
+    pulled, has_tail = await worker.pull([b"a", b"b", b"c"], blocks)
+    assert (pulled.num_blocks, has_tail) == (1, False)
     assert blocks == [kept]
     assert worker.pool.num_free == 2 and worker.pool.num_quarantined == 1
     store.settled.set_result(None)
