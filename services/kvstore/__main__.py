@@ -204,14 +204,15 @@ class KvStore:
         return numbers
 
     def _observe_evictions(self) -> list[tuple[int, dict[str, str]]]:
-        causes = self._index.num_evicted
+        causes = self._index.counts().num_evicted
         numbers = [(n, {"tier": "memory", "cause": cause}) for cause, n in causes.items()]
         for lower in self._index.lower.all:
             numbers.append((lower.num_evicted, {"tier": lower.name, "cause": "room"}))
         return numbers
 
     def _observe_expired(self) -> list[tuple[int, dict[str, str]]]:
-        return [(n, {"promise": due.name.lower()}) for due, n in self._index.num_expired.items()]
+        expired = self._index.counts().num_expired
+        return [(n, {"promise": promise}) for promise, n in expired.items()]
 
 
 def main() -> None:

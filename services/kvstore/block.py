@@ -6,6 +6,7 @@ Owns their fields; the index owns their changes.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,3 +116,5 @@ class IndexCounts:
     num_on_disk: int
     host_num_bytes: int
     disk_num_bytes: int
+    num_evicted: Mapping[str, int]  # from the arena so far, by cause
+    num_expired: Mapping[str, int]  # leases, reservations and pins so far

@@ -63,7 +63,14 @@ def check_books(
 
 
 def count_books(
-    *, blocks: Blocks, lower: LowerTiers, reservations: Reservations, leases: Leases, pins: Pins
+    *,
+    blocks: Blocks,
+    memory: MemoryTier,
+    deadlines: Deadlines,
+    lower: LowerTiers,
+    reservations: Reservations,
+    leases: Leases,
+    pins: Pins,
 ) -> IndexCounts:
     """How much is in the books."""
     host, disk = lower.host, lower.disk
@@ -82,6 +89,11 @@ def count_books(
         num_on_disk=disk.num_blocks if disk else 0,
         host_num_bytes=host.num_bytes if host else 0,
         disk_num_bytes=disk.num_bytes if disk else 0,
+        num_evicted=memory.num_evicted,
+        num_expired={
+            due.name.lower(): deadlines.num_due[due]
+            for due in (Due.LEASE, Due.RESERVATION, Due.PIN)
+        },
     )
 
 

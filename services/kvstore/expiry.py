@@ -28,6 +28,7 @@ class Deadlines:
     def __init__(self) -> None:
         self._live: dict[tuple[Due, int], float] = {}
         self._heap: list[tuple[float, Due, int]] = []
+        self.num_due = dict.fromkeys(Due, 0)  # that fell due so far
 
     def set(self, kind: Due, number: int, deadline: float) -> None:
         """Sets a deadline, clock seconds."""
@@ -47,6 +48,7 @@ class Deadlines:
             deadline, kind, number = heapq.heappop(self._heap)
             if self._live.get((kind, number)) == deadline:
                 del self._live[kind, number]
+                self.num_due[kind] += 1
                 yield kind, number
 
     def live(self, kind: Due) -> set[int]:

@@ -60,8 +60,6 @@ class BlockIndex:
         self._blocks = Blocks(num_changes)
         self.journal = self._blocks.journal
         self._memory = MemoryTier(self._blocks, slots, tenant_num_bytes)
-        self.num_evicted = self._memory.num_evicted
-        self.num_expired = {Due.LEASE: 0, Due.RESERVATION: 0, Due.PIN: 0}
         self.lower = LowerTiers(
             self._blocks, self._memory, host_num_bytes=host_num_bytes, disk_num_bytes=disk_num_bytes
         )
@@ -230,8 +228,6 @@ class BlockIndex:
         now = self._clock()
         self._given_up.expire(now)
         for kind, number in self._deadlines.pop_due(now):
-            if kind in self.num_expired:
-                self.num_expired[kind] += 1
             if kind is Due.RESERVATION:
                 self._reservations.quarantine(number, now)
             elif kind is Due.LEASE:
@@ -247,6 +243,8 @@ class BlockIndex:
         """Present numbers, without expiring anything."""
         return count_books(
             blocks=self._blocks,
+            memory=self._memory,
+            deadlines=self._deadlines,
             lower=self.lower,
             reservations=self._reservations,
             leases=self.leases,
