@@ -90,7 +90,7 @@ def test_a_mesh_in_two_namespaces_lets_the_store_write(
         expected = _tokens(mesh)
     apart = ApartMesh(tiny_model, namespace)
     try:
-        assert _paths(apart) == {"(write)"}
+        apart.wait_until(lambda: _paths(apart) == {"(write)"}, "the store is up")
         assert _tokens(apart) == expected
         again = generate(apart, greedy_request([*PROMPTS[0]], 12))
         assert again.usage is not None and again.usage.num_cached_tokens >= 192

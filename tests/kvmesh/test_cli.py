@@ -148,7 +148,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert "usage: kvmesh" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["dtype", "kv_dtype", "load_format"])
+@pytest.mark.parametrize("name", ["dtype", "kv_dtype", "load_format", "kv_path"])
 def test_up_offers_the_choices_of_the_workers(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,6 +214,11 @@ def test_the_load_format_reaches_every_worker_and_no_other(model: Path) -> None:
     assert all("--load-format" not in spec.flags for spec in (plan.gateway, *plan.kvstores))
 
 
+def test_the_path_of_blocks_reaches_every_worker(model: Path) -> None:
+    plan = plan_mesh(MeshOptions(model=model, port=0, kv_path="write"))
+    assert [flag(spec.flags, "--kv-path") for spec in plan.workers] == ["write"] * 2
+
+
 def test_a_directory_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"nothing: no config\.json"):
         plan_mesh(MeshOptions(model=tmp_path / "nothing"))

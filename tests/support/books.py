@@ -56,7 +56,11 @@ class Books:
         for address in addresses:
             with grpc.insecure_channel(address) as channel:
                 stub = status_pb2_grpc.StatusServiceStub(channel)
-                instances = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=5).instances
+                try:
+                    instances = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=5).instances
+                except grpc.RpcError as error:  # its link has just come back
+                    problems.append(f"{address} does not answer: {error}")
+                    continue
                 problems += self._check(instances[0], expects_promises)
                 problems += [
                     f"{i.address} is not ready: {i.detail}" for i in instances if not i.ready

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 CONTROL, DATA = "control", "data"
-_SUBNETS = {CONTROL: "10.213.1", DATA: "10.213.2"}
+# By process, so that two test runs on one machine do not share addresses.
+_FIRST = 2 * (os.getpid() % 128)
+_SUBNETS = {CONTROL: f"10.213.{_FIRST}", DATA: f"10.213.{_FIRST + 1}"}
 
 
 def _ip(*words: str) -> None:

@@ -66,6 +66,8 @@ def mesh(namespace: Namespace, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_a_black_hole_costs_time_within_a_bound_and_no_token(
     mesh: Mesh, namespace: Namespace, link: str
 ) -> None:
+    for worker in (*mesh.prefills, *mesh.decodes):
+        assert mesh.status(worker.address).detail.endswith("up (write)")
     mixture = Mixture(mesh)
     cached = mixture.start(mesh)
     mixture.verify(cached)
