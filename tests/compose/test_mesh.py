@@ -63,7 +63,9 @@ def chosen_paths(log: str, direction: str) -> Iterator[str]:
 
 def crash(project: Project, service: str) -> None:
     """Kills a service's process as the kernel would, so that its restart policy holds."""
-    os.kill(project.state(service)["Pid"], signal.SIGKILL)
+    pid = project.state(service)["Pid"]
+    assert pid > 0, f"{service} does not run"  # 0 would be this process's own group
+    os.kill(pid, signal.SIGKILL)
 
 
 def wait_restarted(project: Project, service: str) -> None:
