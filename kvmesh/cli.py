@@ -101,6 +101,11 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least"
     )
     process.add_argument("--drain-s", type=float, default=10.0, help="seconds to finish requests")
+    process.add_argument(
+        "--metrics-port",
+        type=int,
+        help="Prometheus' /metrics of the gateway; kvstores, prefills and decodes behind it",
+    )
     process.add_argument("--sample", metavar="TEXT", help="stream one answer to TEXT when ready")
 
 
@@ -175,6 +180,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         log_format=args.log_format,
         log_level=args.log_level,
         drain_s=args.drain_s,
+        metrics_port=args.metrics_port,
     )
 
 

@@ -16,6 +16,7 @@ from mesh.settings import parse_bytes
 
 LOOPBACK = "127.0.0.1"
 MAX_PROCESSES = 64
+MAX_PORT = 65535
 MIN_BLOCK_TOKENS, MAX_BLOCK_TOKENS = 8, 256
 MIN_BATCH = 1
 MIN_CHUNK_TOKENS = 16
@@ -34,6 +35,7 @@ class MeshOptions:
     """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
 
     kv_bytes, block_tokens, max_batch and chunk_tokens None are the workers' own defaults;
+    metrics_port is where the gateway serves Prometheus, the others behind it; None is nowhere;
     store_bytes None is STORE_BYTES of the device; store_host and store_disk None are no such tier.
     """
 
@@ -61,6 +63,7 @@ class MeshOptions:
     log_format: str = "text"
     log_level: str = "info"
     drain_s: float = 10.0
+    metrics_port: int | None = None
 
     @property
     def store_size(self) -> str:
@@ -88,6 +91,7 @@ def check_options(options: MeshOptions) -> None:
         if value is not None and not (low <= value <= high and value < math.inf):
             words = f"{low} to {high}" if high < math.inf else f"a number of at least {low}"
             raise PlanError(f"{flag} {value}: give {words}")
+    _check_metrics(options)
     _check_memory(options)
     _check_host(options)
     _check_disk(options)
@@ -111,6 +115,14 @@ def _check_model(options: MeshOptions) -> None:
             f"--model {model}: no *.safetensors there; kvmesh up --load-format dummy makes random "
             "weights"
         )
+
+
+def _check_metrics(options: MeshOptions) -> None:
+    """Every process gets a port: the gateway the first, then kvstores, prefills and decodes."""
+    first = options.metrics_port
+    last = MAX_PORT - options.num_kvstore - options.num_prefill - options.num_decode
+    if first is not None and not 1 <= first <= last:
+        raise PlanError(f"--metrics-port {first}: give 1 to {last}, a port for each process")
 
 
 def memory_num_bytes() -> int:

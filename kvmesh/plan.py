@@ -5,9 +5,10 @@ Owns the choice of threads and flags; starts nothing. Limits and ports have modu
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmesh.options import LOOPBACK, MeshOptions, check_options
 from kvmesh.ports import loopback_addresses, port_of, public_ports
@@ -51,7 +52,7 @@ def plan_mesh(options: MeshOptions) -> MeshPlan:
     taken = {public, admin, *map(port_of, stores)}
     workers = loopback_addresses(options.num_prefill + options.num_decode, taken=taken)
     prefills, decodes = workers[: options.num_prefill], workers[options.num_prefill :]
-    return MeshPlan(
+    plan = MeshPlan(
         kvstores=tuple(_store(options, stores, index) for index in range(len(stores))),
         workers=(
             *(_worker(options, "prefill", index, a, stores) for index, a in enumerate(prefills)),
@@ -71,6 +72,26 @@ def plan_mesh(options: MeshOptions) -> MeshPlan:
         ),
         admin_address=f"{options.host}:{admin}",
         drain_s=options.drain_s,
+    )
+    return plan if options.metrics_port is None else _measured(plan, options.metrics_port)
+
+
+def _measured(plan: MeshPlan, port: int) -> MeshPlan:
+    """The plan with a port for Prometheus each: the gateway's is the first."""
+    ports = itertools.count(port)
+
+    def measured(spec: ServiceSpec) -> ServiceSpec:
+        return replace(spec, flags=(*spec.flags, "--metrics-port", str(next(ports))))
+
+    gateway = measured(plan.gateway)
+    kvstores = tuple(map(measured, plan.kvstores))
+    workers = tuple(map(measured, plan.workers))
+    return MeshPlan(
+        kvstores=kvstores,
+        workers=workers,
+        gateway=gateway,
+        admin_address=plan.admin_address,
+        drain_s=plan.drain_s,
     )
 
 

@@ -27,7 +27,7 @@ flags of the same meaning are both understood; nothing is exported unless one of
 | `OTEL_SDK_DISABLED` | `--otel-sdk-disabled` | nothing is exported |
 | `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_CERTIFICATE`, `OTEL_SERVICE_NAME`, `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_TRACES_SAMPLER` | | read by OpenTelemetry's SDK |
 
-`kvmesh up --metrics-port 9464` gives every process a port of its own, from 9464 on, and prints them.
+`kvmesh up --metrics-port 9464` gives the gateway that port, and kvstores, prefills and decodes the ones behind it.
 A receiver that is absent, slow or refusing changes neither start-up nor latency; what it costs is
 counted in `kvmesh.telemetry.dropped`. No prompt, token or secret is in any signal.
 

@@ -241,3 +241,19 @@ def test_only_random_weights_need_no_file_of_weights(model: Path) -> None:
 def test_a_wildcard_host_is_dialled_on_loopback() -> None:
     assert connectable("0.0.0.0:50051") == "127.0.0.1:50051"
     assert connectable("10.0.0.7:50051") == "10.0.0.7:50051"
+
+
+def test_every_process_gets_a_metrics_port_of_its_own(model: Path) -> None:
+    plan = plan_mesh(MeshOptions(model=model, port=0, num_decode=2, metrics_port=9464))
+    specs = [plan.gateway, *plan.kvstores, *plan.workers]
+    ports = [flag(spec.flags, "--metrics-port") for spec in specs]
+    assert ports == ["9464", "9465", "9466", "9467", "9468"]
+    assert plan.stages == (plan.kvstores, plan.workers, (plan.gateway,))
+    bare = plan_mesh(MeshOptions(model=model, port=0))
+    assert all("--metrics-port" not in spec.flags for stage in bare.stages for spec in stage)
+
+
+@pytest.mark.parametrize("port", [0, -1, 65533, 70000])
+def test_a_metrics_port_leaves_room_for_the_others(model: Path, port: int) -> None:
+    with pytest.raises(PlanError, match=f"--metrics-port {port}: give 1 to 65532"):
+        plan_mesh(MeshOptions(model=model, port=0, metrics_port=port))
