@@ -81,7 +81,9 @@ class Bench:
                     raise SystemExit(f"wrong bytes by {path}: nothing was measured")
         for path, lease in leases.items():
             request = kvstore_pb2.ReleaseRequest(
-                incarnation=f"bench-{path}", lease_id=lease.lease_id
+                incarnation=f"bench-{path}",
+                lease_id=lease.lease_id,
+                life=self._shards[path].life,
             )
             await self._shards[path].call("Release", request, DEADLINE_S)
         row: dict[str, Any] = {"block_num_bytes": size, "num_blocks": num}
@@ -116,7 +118,10 @@ class Bench:
         await shard.write(local, slots, size, DEADLINE_S, lambda _: None, life=shard.life)
         ids = [reservation.reservation_id for reservation in reserved]
         seal = kvstore_pb2.SealRequest(
-            incarnation=incarnation, reservation_ids=ids, digests=[0] * len(ids)
+            incarnation=incarnation,
+            reservation_ids=ids,
+            digests=[0] * len(ids),
+            life=shard.life,
         )
         await shard.call("Seal", seal, DEADLINE_S)
 

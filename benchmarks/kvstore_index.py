@@ -47,6 +47,7 @@ BLOCK_NUM_BYTES = 2 * 2**20
 PROMPT_LEN = 1600
 TTL_S = 300.0
 WHO = "bench"
+LIFE = "kvstore-bench"
 
 
 class NamedTransfer:
@@ -54,7 +55,7 @@ class NamedTransfer:
 
     def __init__(self, arena_num_bytes: int) -> None:
         self.agent = Agent(
-            name="kvstore-bench",
+            name=LIFE,
             nixl_version="0",
             metadata=b"",
             arena_address=0,
@@ -149,7 +150,7 @@ class Bench:
             request = kvstore_pb2.LookupRequest.FromString(wire)
             response = await self.servicer.Lookup(request, None)
             response.SerializeToString()
-            release = kvstore_pb2.ReleaseRequest(incarnation=WHO, lease_id=response.lease_id)
+            release = _release(response.lease_id)
             await self.servicer.Release(release, None)
         return time.process_time() - started_at
 
@@ -160,7 +161,7 @@ class Bench:
         started_at = time.process_time()
         for request in requests:
             response = await stub.Lookup(request)
-            release = kvstore_pb2.ReleaseRequest(incarnation=WHO, lease_id=response.lease_id)
+            release = _release(response.lease_id)
             await stub.Release(release)
         return time.process_time() - started_at
 
@@ -172,6 +173,10 @@ class Bench:
         assert leased.digests.tolist() == list(range(PROMPT_LEN))
         assert list(response.digests) == list(range(PROMPT_LEN))
         self.index.disconnect(WHO)
+
+
+def _release(lease_id: int) -> kvstore_pb2.ReleaseRequest:
+    return kvstore_pb2.ReleaseRequest(incarnation=WHO, lease_id=lease_id, life=LIFE)
 
 
 async def measure(num_prompts: int, num_lookups: int, repeats: int) -> dict[str, Any]:
