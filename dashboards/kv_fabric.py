@@ -63,6 +63,7 @@ BLOCKS = Row(
             "lower tier. Quarantined: waiting for a late writer. Dropped: read out, then free.",
             Look.STACKED,
             query(level("kv_blocks", by="state", state=PLACES, tier="memory"), "{{state}}"),
+            width=16,
         ),
         panel(
             "Sealed blocks by tier",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 
+from dashboards import overview, promql
 from dashboards.board import Board, Query
 from dashboards.build import BOARDS
 from dashboards.promql import WINDOW
@@ -47,6 +49,20 @@ def test_shares_lie_between_none_and_all(prometheus: Prometheus) -> None:
             for query in panel.queries:
                 values = prometheus.points(filled_in(board, query))
                 assert all(0 <= v <= 1 + 1e-9 for v in values if math.isfinite(v)), query
+
+
+@pytest.mark.timeout(400)
+def test_phases_add_up_to_the_time_to_first_token(prometheus: Prometheus) -> None:
+    """The waterfall's bars and the mean beside it are one figure.
+
+    A scrape may come between two of a request's records: few points show that, the median none.
+    """
+    phases = overview.BOARD.rows[1].panels[0].queries
+    parts = " + ".join(f"({filled_in(overview.BOARD, query)})" for query in phases)
+    mean = Query(expression=promql.mean(overview.FIRST), legend="")
+    both = f"({parts}) / ({filled_in(overview.BOARD, mean)})"
+    ratios = [ratio for ratio in prometheus.points(both) if math.isfinite(ratio)]
+    assert statistics.median(ratios) == pytest.approx(1.0, rel=0.01)
 
 
 @pytest.mark.timeout(400)
