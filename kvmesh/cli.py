@@ -101,12 +101,16 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="least"
     )
     process.add_argument("--drain-s", type=float, default=10.0, help="seconds to finish requests")
+    process.add_argument("--sample", metavar="TEXT", help="stream one answer to TEXT when ready")
+    _add_metrics(process)
+
+
+def _add_metrics(process: argparse._ArgumentGroup) -> None:
     process.add_argument(
         "--metrics-port",
         type=int,
         help="Prometheus' /metrics of the gateway; kvstores, prefills and decodes behind it",
     )
-    process.add_argument("--sample", metavar="TEXT", help="stream one answer to TEXT when ready")
 
 
 def _add_model(model: argparse._ArgumentGroup) -> None:
