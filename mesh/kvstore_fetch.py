@@ -71,6 +71,7 @@ class Fetches:
             lease_id=lease_id,
             local_offsets=local,
             deadline_s=deadline_s,
+            life=connection.agent.name,
         )
         call = asyncio.ensure_future(self._call(connection, request, deadline_s + _ANSWER_S))
         try:

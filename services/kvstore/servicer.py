@@ -179,8 +179,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         check_count("local_offsets", request.local_offsets)
         check_deadline(request.deadline_s)
         reader = agent_from_wire(self._callers.require(request.incarnation))
-        offsets = list(request.local_offsets)
-        outcome = await self._fetches.fetch(reader, request.lease_id, offsets, request.deadline_s)
+        outcome = FetchOutcome.EXPIRED
+        if self._is_own(request.life):
+            offsets, deadline_s = list(request.local_offsets), request.deadline_s
+            outcome = await self._fetches.fetch(reader, request.lease_id, offsets, deadline_s)
         return kvstore_pb2.FetchResponse(outcome=_FETCHED[outcome])
 
     async def Release(  # noqa: N802 - gRPC method name

@@ -42,7 +42,12 @@ async def lease(store: FetchingStore) -> int:
 
 
 def request(lease_id: int, **fields: Any) -> pb.FetchRequest:
-    values = {"incarnation": "worker", "local_offsets": [40 * BLOCK], "deadline_s": 5.0}
+    values = {
+        "incarnation": "worker",
+        "local_offsets": [40 * BLOCK],
+        "deadline_s": 5.0,
+        "life": "store",
+    }
     return pb.FetchRequest(lease_id=lease_id, **{**values, **fields})
 
 
@@ -205,6 +210,8 @@ async def test_only_a_lease_of_ones_own_is_written(store: FetchingStore) -> None
     lease_id = await lease(store)
     stolen = request(lease_id, incarnation="other")
     assert (await store.servicer.Fetch(stolen, None)).outcome == EXPIRED
+    elsewhere = request(lease_id, life="another")
+    assert (await store.servicer.Fetch(elsewhere, None)).outcome == EXPIRED
     await release(store, lease_id)
     assert (await store.servicer.Fetch(request(lease_id), None)).outcome == EXPIRED
     assert store.transfer.peers == set() and not other.arena.any()
@@ -226,6 +233,7 @@ async def test_nobody_connects_with_the_agent_of_another(store: FetchingStore) -
         ({"local_offsets": [0] * 4097}, "local_offsets", "4097 values; the limit is 4096"),
         ({"local_offsets": [0, 64 * BLOCK - 1]}, "local_offsets[1]", "arena of 8192 bytes"),
         ({"local_offsets": [2**64 - 1]}, "local_offsets[0]", str(2**64 - 1)),
+        ({"life": ""}, "life", "empty"),
         ({"deadline_s": 0.0}, "deadline_s", "above 0"),
         ({"deadline_s": float("nan")}, "deadline_s", "nan"),
         ({"deadline_s": 301.0}, "deadline_s", "at most 300"),
