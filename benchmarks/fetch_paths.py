@@ -64,7 +64,8 @@ class Bench:
 
     async def measure(self, size: int, num: int, repeats: int) -> dict[str, Any]:
         """One block size and count: microseconds and GB/s (1e9) of both paths."""
-        await asyncio.gather(*(shard.up.wait() for shard in self._shards.values()))
+        async with asyncio.timeout(DEADLINE_S):
+            await asyncio.gather(*(shard.up.wait() for shard in self._shards.values()))
         keys = [hashlib.sha256(f"{size} {num} {index}".encode()).digest() for index in range(num)]
         expected = self._arena[: size * num].copy()
         await self._publish(keys, size)

@@ -6,8 +6,9 @@ The rule. A worker READs where a READ is one-sided, so that the store's process 
 - both arenas are in DRAM and the worker can read the store's memory (CMA). Equal host names prove
   nothing, a container may keep processes apart: the worker reads the store's name where the store
   says that it lies.
-Everywhere else UCX emulates a READ: the store's process sends the bytes, at half the speed of a
-WRITE, and a reader that dies while the store is stalled takes it along. There the store WRITEs.
+Everywhere else UCX emulates a READ: the store's process sends the bytes, and a reader that dies
+while the store is stalled takes it along. There the store WRITEs: as fast for large pulls, a
+millisecond later for small ones (benchmarks/results/fetch_paths.json).
 
 Owns the rule and the probe; never connects anything, and reads no environment.
 """

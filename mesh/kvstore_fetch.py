@@ -1,4 +1,4 @@
-"""Blocks that a store WRITEs here, where a worker's own READ would be slow (kv/path.py).
+"""Blocks that a store WRITEs here, where a READ would not be one-sided (kv/path.py).
 
 Owns the calls that outlive who made them, and the moment from which nothing of one can land any
 more. Never retries, never reconnects: it says that the path is broken.

@@ -1,4 +1,4 @@
-"""Blocks that the store itself WRITEs to readers whose READ would be slow (kv/path.py).
+"""Blocks that the store itself WRITEs to readers whose READ is not one-sided (kv/path.py).
 
 Owns the holds on slots while a WRITE reads them, and which readers the store's agent knows: one
 from its first Fetch on, until it connects anew, its path breaks or it is silent for long. Writes
