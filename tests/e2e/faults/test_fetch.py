@@ -92,7 +92,6 @@ def test_a_reader_killed_during_a_fetch_leaves_the_store_alive(
     mixture.verify(mixture.start(mesh))
 
 
-@pytest.mark.slow
 def test_a_store_killed_during_a_fetch_costs_recomputation(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books
 ) -> None:
@@ -107,7 +106,6 @@ def test_a_store_killed_during_a_fetch_costs_recomputation(
     mixture.verify(mixture.start(mesh))
 
 
-@pytest.mark.slow
 def test_blocks_of_a_frozen_stores_fetch_stay_in_quarantine_until_it_wakes(
     gated_mesh: GatedMesh, mixture: Mixture, books: Books
 ) -> None:
