@@ -83,15 +83,11 @@ def _measured(plan: MeshPlan, port: int) -> MeshPlan:
     def measured(spec: ServiceSpec) -> ServiceSpec:
         return replace(spec, flags=(*spec.flags, "--metrics-port", str(next(ports))))
 
-    gateway = measured(plan.gateway)
-    kvstores = tuple(map(measured, plan.kvstores))
-    workers = tuple(map(measured, plan.workers))
-    return MeshPlan(
-        kvstores=kvstores,
-        workers=workers,
-        gateway=gateway,
-        admin_address=plan.admin_address,
-        drain_s=plan.drain_s,
+    return replace(
+        plan,
+        gateway=measured(plan.gateway),
+        kvstores=tuple(map(measured, plan.kvstores)),
+        workers=tuple(map(measured, plan.workers)),
     )
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 log = logging.getLogger("kvmesh.telemetry")
 _MAX_QUEUED_SPANS = 4096
@@ -45,13 +46,13 @@ class Link:
         return before
 
 
-def watched(kind: type[Any], link: Link, signal: str) -> type[Any]:
-    """An exporter class like `kind` that reports each export to the link."""
+def watched(kind: type[Any], link: Link) -> type[Any]:
+    """A class of metric exporters like `kind` that reports each export to the link."""
 
     class Watched(kind):
         def export(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
             result = super().export(batch, *args, **kwargs)
-            link.report(result.name == "SUCCESS", signal, len(batch) if signal == "spans" else 1)
+            link.report(result.name == "SUCCESS", "metrics", 1)
             return result
 
     return Watched
@@ -65,7 +66,7 @@ class CountedSpans(BatchSpanProcessor):
         self._link = link
         self._count_lock = threading.Lock()
         super().__init__(
-            _Counted(exporter, self._take),
+            _Watched(exporter, link, self._take),
             schedule_delay_millis=delay_ms,
             max_queue_size=_MAX_QUEUED_SPANS,
         )
@@ -85,16 +86,19 @@ class CountedSpans(BatchSpanProcessor):
             self._num_waiting = max(0, self._num_waiting - num_spans)
 
 
-class _Counted(SpanExporter):
-    """An exporter that says how many spans it was given."""
+class _Watched(SpanExporter):
+    """An exporter that says how many spans it was given and reports what came of them."""
 
-    def __init__(self, exporter: SpanExporter, on_batch: Any) -> None:
+    def __init__(self, exporter: SpanExporter, link: Link, on_batch: Callable[[int], None]) -> None:
         self._exporter = exporter
+        self._link = link
         self._on_batch = on_batch
 
-    def export(self, spans: Any) -> Any:
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self._on_batch(len(spans))
-        return self._exporter.export(spans)
+        result = self._exporter.export(spans)
+        self._link.report(result is SpanExportResult.SUCCESS, "spans", len(spans))
+        return result
 
     def shutdown(self) -> None:
         self._exporter.shutdown()

@@ -89,30 +89,36 @@ class Exporters:
     def _span_exporter(self, name: str, plan: ExportPlan) -> SpanExporter:
         if name == "console":
             return ConsoleSpanExporter(out=sys.stderr)
-        return self._otlp("trace_exporter", "OTLPSpanExporter", plan, "traces")
+        kind = _otlp_class(plan, "trace_exporter", "OTLPSpanExporter")
+        return self._opened(kind(**_otlp_options(plan, "traces")))
 
     def _reader(self, name: str, plan: ExportPlan) -> MetricReader:
         if name == "prometheus":
             self.port = PrometheusPort(plan.metrics_host, plan.metrics_port)
             return self.port.reader
-        exporter: Any = (
-            ConsoleMetricExporter(out=sys.stderr)
-            if name == "console"
-            else self._otlp("metric_exporter", "OTLPMetricExporter", plan, "metrics")
-        )
+        if name == "console":
+            exporter: Any = ConsoleMetricExporter(out=sys.stderr)
+        else:
+            kind = watched(_otlp_class(plan, "metric_exporter", "OTLPMetricExporter"), self._link)
+            exporter = self._opened(kind(**_otlp_options(plan, "metrics")))
         return PeriodicExportingMetricReader(
             exporter, plan.interval_ms, export_timeout_millis=EXPORT_TIMEOUT_S * 1000
         )
 
-    def _otlp(self, module: str, name: str, plan: ExportPlan, signal: str) -> Any:
-        """An exporter of the chosen protocol; headers and certificates the SDK reads itself."""
-        endpoint = plan.endpoint_of(signal)
-        options: dict[str, Any] = {"endpoint": endpoint or None, "timeout": EXPORT_TIMEOUT_S}
-        if plan.protocol == "grpc":
-            options["insecure"] = not endpoint.startswith("https://")
-        kind = getattr(importlib.import_module(f"{_MODULES[plan.protocol]}.{module}"), name)
-        exporter = watched(kind, self._link, "spans" if signal == "traces" else "metrics")(
-            **options
-        )
+    def _opened(self, exporter: Any) -> Any:
+        """Its waits can be interrupted at the end."""
         self._closers.append(exporter.shutdown)
         return exporter
+
+
+def _otlp_class(plan: ExportPlan, module: str, name: str) -> type[Any]:
+    return getattr(importlib.import_module(f"{_MODULES[plan.protocol]}.{module}"), name)
+
+
+def _otlp_options(plan: ExportPlan, signal: str) -> dict[str, Any]:
+    """Headers and certificates the SDK reads itself."""
+    endpoint = plan.endpoint_of(signal)
+    options: dict[str, Any] = {"endpoint": endpoint or None, "timeout": EXPORT_TIMEOUT_S}
+    if plan.protocol == "grpc":
+        options["insecure"] = not endpoint.startswith("https://")
+    return options

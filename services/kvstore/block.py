@@ -81,13 +81,14 @@ class LeasedBlock:
 class Leased:
     """The longest sealed prefix: where its blocks are and what their bytes must hash to.
 
-    lease_id is 0 when the prefix is empty.
+    lease_id is 0 when the prefix is empty. num_promoted of the blocks came back from below for it.
     """
 
     lease_id: int
     num_bytes: int
     offsets: NDArray[np.int64]  # [num_blocks]
     digests: NDArray[np.uint64]  # [num_blocks]
+    num_promoted: int = 0
 
     @property
     def blocks(self) -> tuple[LeasedBlock, ...]:

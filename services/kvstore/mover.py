@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from mesh.telemetry import Telemetry
 from services.kvstore.block import Leased
@@ -84,7 +85,8 @@ class Mover:
             read.is_abandoned = False
         try:
             await asyncio.wait([read.is_over for read in reads], timeout=max_wait_s)
-            return self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
+            found = self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
+            return replace(found, num_promoted=max(0, len(found.offsets) - num_found))
         finally:
             self._index.release(owner, leased.lease_id)
             for read, carrier in reads.items():

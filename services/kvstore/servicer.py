@@ -239,7 +239,6 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         ttl_s, attempt = request.ttl_s, request.attempt
         if request.waits_for_writers:
             max_wait_s = await self._waiting.until_written(keys, max_wait_s)
-        num_in_memory = len(self._index.leases.sealed_prefix(keys, num_bytes))
         if self._mover is None:
             leased = self._index.lookup(owner, keys, num_bytes, ttl_s=ttl_s, attempt=attempt)
         else:
@@ -247,14 +246,13 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 owner, keys, num_bytes, ttl_s=ttl_s, max_wait_s=max_wait_s, attempt=attempt
             )
         if not request.waits_for_writers:  # a hand-over finds its blocks: it is no reuse
-            self._count_lookup(len(keys), num_in_memory, len(leased.offsets))
+            self._count_lookup(len(keys), leased)
         return leased
 
-    def _count_lookup(self, num_keys: int, num_in_memory: int, num_found: int) -> None:
-        counter = self._telemetry.instruments.kv_lookup_blocks
-        num_below = max(0, num_found - num_in_memory)
-        counter.add(num_found - num_below, {"result": "memory"})
-        counter.add(num_below, {"result": "below"})
+    def _count_lookup(self, num_keys: int, leased: Leased) -> None:
+        counter, num_found = self._telemetry.instruments.kv_lookup_blocks, len(leased.offsets)
+        counter.add(num_found - leased.num_promoted, {"result": "memory"})
+        counter.add(leased.num_promoted, {"result": "below"})
         counter.add(num_keys - num_found, {"result": "miss"})
 
     def _wake(self) -> None:

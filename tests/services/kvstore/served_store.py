@@ -13,13 +13,13 @@ import pytest
 from kv.transfer import Agent, Transfer
 from mesh.errors import KvmeshError, from_rpc_error
 from mesh.server import ServiceServer
-from mesh.telemetry import Telemetry
 from protos import kvstore_pb2 as pb
 from protos import kvstore_pb2_grpc
 from services.kvstore.arena import SlotAllocator
 from services.kvstore.callers import CallerTable
 from services.kvstore.index import BlockIndex
 from services.kvstore.servicer import KvStoreServicer
+from tests.support.meters import Meters
 
 SIZE = 4096
 ARENA = 16 * SIZE
@@ -49,13 +49,15 @@ class Service:
     servicer: KvStoreServicer
     index: BlockIndex
     now: list[float]
+    meters: Meters
 
 
 @contextlib.asynccontextmanager
 async def served_store() -> AsyncIterator[Service]:
     """A store for the length of a with block; its books are checked at the end."""
     now = [50.0]
-    telemetry = Telemetry.off()
+    meters = Meters()
+    telemetry = meters.telemetry
     index = BlockIndex(SlotAllocator(ARENA), clock=lambda: now[0])
     servicer = KvStoreServicer(
         index=index,
@@ -69,7 +71,7 @@ async def served_store() -> AsyncIterator[Service]:
     port = await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = kvstore_pb2_grpc.KvStoreServiceStub(channel)
-        yield Service(stub, servicer, index, now)
+        yield Service(stub, servicer, index, now, meters)
     await server.stop(0)
     index.check()
 

@@ -18,6 +18,7 @@ def test_leaves_go_before_parents_and_old_before_new() -> None:
     assert store.sealed("abxyc") == "axyc"
     store.put("d")
     assert store.sealed("axycd") == "xycd"
+    assert store.index.counts().num_evicted == {"room": 2, "quota": 0}
 
 
 def test_lookup_refreshes_the_order_of_use() -> None:

@@ -37,6 +37,16 @@ async def test_what_the_arena_has_no_room_for_comes_back_from_dram(store: Tiered
     assert store.files.num_reads == 0
 
 
+async def test_a_lookup_tells_what_came_back_for_it(store: TieredStore) -> None:
+    await store.put_below("abcd")
+    for num_promoted in (4, 0):
+        leased = await store.mover.lookup(
+            "r", keys_of("abcd"), SIZE, ttl_s=60, max_wait_s=PATIENCE_S
+        )
+        assert leased.num_promoted == num_promoted
+        assert store.read("abcd", leased) == "abcd"
+
+
 async def test_what_dram_has_no_room_for_comes_back_from_disk(store: TieredStore) -> None:
     for names in ("abcd", "efgh", "ijkl", "mnop"):
         await store.put_below(names)

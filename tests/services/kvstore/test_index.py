@@ -100,6 +100,12 @@ def test_an_expired_lease_answers_expired() -> None:
     lease, _ = store.lookup("a", ttl_s=3)
     store.clock.now += 3
     assert store.release(lease) is EXPIRED
+    expired = {"lease": 1, "reservation": 0, "pin": 0}
+    assert store.index.counts().num_expired == expired
+    store.reserve("b", ttl_s=3)
+    store.clock.now += 3
+    store.index.expire()
+    assert store.index.counts().num_expired == expired | {"reservation": 1}
 
 
 def test_a_foreign_release_does_not_end_the_lease() -> None:

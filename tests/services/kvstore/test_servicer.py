@@ -57,6 +57,15 @@ async def test_the_whole_protocol(service: Service) -> None:
     assert (await service.stub.Release(release)).outcome == expired
 
 
+async def test_lookups_for_reuse_are_counted_and_hand_overs_are_not(service: Service) -> None:
+    await connect(service)
+    await put(service, keys=[KEY_A])
+    await service.stub.Lookup(lookup_request())
+    await service.stub.Lookup(lookup_request(waits_for_writers=True))
+    totals = service.meters.totals("kvmesh.kv.lookup.blocks")
+    assert totals == {("memory",): 1, ("below",): 0, ("miss",): 1}
+
+
 async def test_an_expired_lease_and_reservation(service: Service) -> None:
     await connect(service)
     await put(service, keys=[KEY_A])

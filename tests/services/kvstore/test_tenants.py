@@ -19,6 +19,7 @@ def test_a_tenant_over_its_quota_evicts_its_own_least_recently_used() -> None:
     store.release(store.lookup("a")[0])
     store.put("c", tenant="t")
     assert store.sealed("xabc") == "xac", "the oldest of all is another's"
+    assert store.index.counts().num_evicted == {"room": 0, "quota": 1}
     store.put("y", tenant="other")
     assert store.sealed("xyac") == "xyac"
 

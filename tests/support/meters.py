@@ -1,0 +1,31 @@
+"""A process's telemetry that keeps its metrics here, for tests of what is recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from mesh.telemetry import Telemetry
+
+
+class Meters:
+    """`telemetry` records; `totals` and `observed` tell what."""
+
+    def __init__(self) -> None:
+        self._reader = InMemoryMetricReader()
+        meters = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"))
+
+    def totals(self, name: str) -> Counter[tuple[str, ...]]:
+        """Of a metric, by the values of its attributes; of a histogram its sums."""
+        totals: Counter[tuple[str, ...]] = Counter()
+        data = self._reader.get_metrics_data()
+        for resource in data.resource_metrics if data else ():
+            for metric in (m for scope in resource.scope_metrics for m in scope.metrics):
+                for point in metric.data.data_points if metric.name == name else ():
+                    values = tuple(str(value) for value in (point.attributes or {}).values())
+                    totals[values] = getattr(point, "sum", getattr(point, "value", 0))
+        return totals
