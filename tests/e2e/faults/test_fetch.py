@@ -27,10 +27,10 @@ PATIENCE_S = 60.0
 
 @pytest.fixture(scope="module")
 def gated_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatedMesh]:
-    """As the others', but NIXL has TCP only."""
+    """As the others', but NIXL has TCP only, over one device: each costs every peer sockets."""
     path = tmp_path_factory.mktemp("fetch")
     make_tiny_model("qwen3", path)
-    mesh = GatedMesh(path, {"UCX_TLS": "tcp"})
+    mesh = GatedMesh(path, {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"})
     try:
         yield mesh
     finally:
