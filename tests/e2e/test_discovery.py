@@ -80,8 +80,10 @@ class ListedMesh(Mesh):
     def used_by(self, address: str) -> dict[str, str]:
         """A worker's stores and their states."""
         words = self.status(address).detail.removeprefix("kvstore: ")
-        pairs = (pair.split(" ", 1) for pair in words.split(", "))
-        return {} if words == "no kvstore" else dict(pairs)
+        if words == "no kvstore":
+            return {}
+        stores = (store.split() for store in words.split(", "))
+        return {address: state for address, state, *_ in stores}  # and the path of its blocks
 
     def num_sealed(self) -> dict[str, int]:
         """Sealed blocks of each store."""
