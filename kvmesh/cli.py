@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmesh import bench, doctor, generate, health, status
+from kvmesh import bench, doctor, generate, health, status, top
 from kvmesh.client import DEFAULT_ADDR
 from kvmesh.options import MeshOptions
 from kvmesh.up import run_up
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         (generate.add_arguments, "generate", "stream one answer", generate.run_generate),
         (status.add_arguments, "status", "show the mesh's instances", status.run_status),
         (health.add_arguments, "health", "ask a process if it is ready", health.run_health),
+        (top.add_arguments, "top", "show the mesh's decode steps, live", top.run_top),
         (bench.add_arguments, "bench", "put a mesh under load and measure it", bench.run_bench),
     ]
     for add_arguments, name, help_text, run in parsers:
@@ -89,12 +90,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="who moves blocks from kvstores to workers: the worker (read) or the store (write)",
     )
-    network = parser.add_argument_group("network")
-    network.add_argument("--host", default="127.0.0.1", help="where the gateway listens")
-    network.add_argument("--port", type=int, default=50051, help="public port; 0 picks a free one")
-    network.add_argument(
-        "--admin-port", type=int, help="status port; 0 picks a free one; default: port + 1"
-    )
+    _add_network(parser.add_argument_group("network"))
     process = parser.add_argument_group("process")
     process.add_argument("--log-format", choices=("text", "json"), default="text", help="of logs")
     process.add_argument(
@@ -103,6 +99,17 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     process.add_argument("--drain-s", type=float, default=10.0, help="seconds to finish requests")
     process.add_argument("--sample", metavar="TEXT", help="stream one answer to TEXT when ready")
     _add_metrics(process)
+
+
+def _add_network(network: argparse._ArgumentGroup) -> None:
+    network.add_argument("--host", default="127.0.0.1", help="where the gateway listens")
+    network.add_argument("--port", type=int, default=50051, help="public port; 0 picks a free one")
+    network.add_argument(
+        "--admin-port", type=int, help="status port; 0 picks a free one; default: port + 1"
+    )
+    network.add_argument(
+        "--http-port", type=int, help="live page's port; 0 picks a free one; default: port + 2"
+    )
 
 
 def _add_metrics(process: argparse._ArgumentGroup) -> None:
@@ -168,6 +175,7 @@ def mesh_options(args: argparse.Namespace) -> MeshOptions:
         host=args.host,
         port=args.port,
         admin_port=args.admin_port,
+        http_port=args.http_port,
         device=args.device,
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,

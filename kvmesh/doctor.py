@@ -26,7 +26,7 @@ from kvmesh.console import table
 ROOT = Path(__file__).resolve().parents[1]
 PROBE_TIMEOUT_S = 120.0
 BANDWIDTH = "benchmarks.transfer_bandwidth"
-PORTS = (50051, 50052)
+PORTS = (50051, 50052, 50053)
 NIXL = "nixl-cu13"
 NIXL_VERSION = "1.5.1"
 INSTALL_NIXL = f"pip install --no-deps {NIXL}=={NIXL_VERSION}"

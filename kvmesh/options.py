@@ -32,8 +32,9 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshOptions:
-    """The flags of `kvmesh up`; port 0 picks a free one, admin_port None is port + 1.
+    """The flags of `kvmesh up`; port 0 picks a free one.
 
+    admin_port None is port + 1, http_port None port + 2 (or free ones beside a port of 0).
     kv_bytes, block_tokens, max_batch and chunk_tokens None are the workers' own defaults;
     metrics_port is where the gateway serves Prometheus, the others behind it; None is nowhere;
     store_bytes None is STORE_BYTES of the device; store_host and store_disk None are no such tier.
@@ -47,6 +48,7 @@ class MeshOptions:
     host: str = LOOPBACK
     port: int = 50051
     admin_port: int | None = None
+    http_port: int | None = None
     device: str = "cpu"
     dtype: str = "auto"
     kv_dtype: str = "auto"

@@ -37,6 +37,7 @@ class MeshPlan:
     workers: tuple[ServiceSpec, ...]
     gateway: ServiceSpec
     admin_address: str
+    http_address: str
     drain_s: float = 10.0
     stages: tuple[tuple[ServiceSpec, ...], ...] = field(init=False)
 
@@ -47,9 +48,11 @@ class MeshPlan:
 def plan_mesh(options: MeshOptions) -> MeshPlan:
     """The processes for these options. Raises PlanError for what cannot work."""
     check_options(options)
-    public, admin = public_ports(options.host, options.port, options.admin_port)
-    stores = loopback_addresses(options.num_kvstore, taken={public, admin})
-    taken = {public, admin, *map(port_of, stores)}
+    public, admin, http = ports = public_ports(
+        options.host, options.port, options.admin_port, options.http_port
+    )
+    stores = loopback_addresses(options.num_kvstore, taken=set(ports))
+    taken = {*ports, *map(port_of, stores)}
     workers = loopback_addresses(options.num_prefill + options.num_decode, taken=taken)
     prefills, decodes = workers[: options.num_prefill], workers[options.num_prefill :]
     plan = MeshPlan(
@@ -65,12 +68,14 @@ def plan_mesh(options: MeshOptions) -> MeshPlan:
             flags=(
                 *_shared_flags(options, options.host, public),
                 *("--model", str(options.model), "--admin-port", str(admin)),
+                *("--http-port", str(http)),
                 *(("--model-name", options.model_name) if options.model_name else ()),
                 *("--prefill", ",".join(prefills), "--decode", ",".join(decodes)),
                 *("--kvstore", ",".join(stores)),
             ),
         ),
         admin_address=f"{options.host}:{admin}",
+        http_address=f"{options.host}:{http}",
         drain_s=options.drain_s,
     )
     return plan if options.metrics_port is None else _measured(plan, options.metrics_port)

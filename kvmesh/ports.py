@@ -12,23 +12,31 @@ import socket
 from kvmesh.options import LOOPBACK, PlanError
 
 MAX_PORT = 65535
+_OFFSETS = {"--admin-port": 1, "--http-port": 2}  # from the public port
 
 
-def public_ports(host: str, port: int, admin_port: int | None) -> tuple[int, int]:
-    """Port and admin port, both free now; 0 picks one, an admin_port of None is port + 1.
+def public_ports(
+    host: str, port: int, admin_port: int | None, http_port: int | None
+) -> tuple[int, int, int]:
+    """Port, admin port and the live page's, all free now and distinct.
 
-    Raises PlanError for a host that is not this machine's and for ports that cannot be had.
+    0 picks one; None is the port after, and the one after that. Raises PlanError for a host that
+    is not this machine's and for ports that cannot be had.
     """
     _check_host(host)
-    for flag, number in (("--port", port), ("--admin-port", admin_port)):
-        if number:
-            _require_free(flag, host, number)
-    if admin_port is None:
-        return _with_next(host, port)
-    if port and port == admin_port:
-        raise PlanError(f"--admin-port {admin_port} is the --port; give another, or 0 for any")
-    public = port or _free_port(host, taken={admin_port})
-    return public, admin_port or _free_port(host, taken={public})
+    asked = {"--port": port, "--admin-port": admin_port, "--http-port": http_port}
+    given = {flag: number for flag, number in asked.items() if number}
+    for flag, number in given.items():
+        _require_free(flag, host, number)
+    beside = {flag: offset for flag, offset in _OFFSETS.items() if asked[flag] is None}
+    if port:
+        chosen = given | _beside(host, port, beside)
+    else:
+        chosen = given | _pick_with_beside(host, beside, taken=set(given.values()))
+    _require_distinct(chosen)
+    for flag in [flag for flag in asked if flag not in chosen]:
+        chosen[flag] = _free_port(host, taken=set(chosen.values()))
+    return chosen["--port"], chosen["--admin-port"], chosen["--http-port"]
 
 
 def loopback_addresses(count: int, *, taken: set[int]) -> list[str]:
@@ -49,16 +57,32 @@ def port_of(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def _with_next(host: str, port: int) -> tuple[int, int]:
-    if port == MAX_PORT:
-        raise PlanError(f"--port {port}: the admin port is the next one; give --admin-port")
-    if port:
-        _require_free("--admin-port", host, port + 1)
-        return port, port + 1
-    public = _free_port(host, taken={MAX_PORT})
-    while not _is_free("--admin-port", host, public + 1):
-        public = _free_port(host, taken={MAX_PORT})
-    return public, public + 1
+def _beside(host: str, port: int, offsets: dict[str, int]) -> dict[str, int]:
+    for flag, offset in offsets.items():
+        if port + offset > MAX_PORT:
+            raise PlanError(f"--port {port}: {flag} would be {port + offset}; give {flag}")
+        _require_free(flag, host, port + offset)
+    return {flag: port + offset for flag, offset in offsets.items()}
+
+
+def _pick_with_beside(host: str, offsets: dict[str, int], *, taken: set[int]) -> dict[str, int]:
+    """A free port whose neighbours are free, too."""
+    while True:
+        port = _free_port(host, taken=taken)
+        beside = {flag: port + offset for flag, offset in offsets.items()}
+        if all(
+            number <= MAX_PORT and number not in taken and _is_free(flag, host, number)
+            for flag, number in beside.items()
+        ):
+            return {"--port": port, **beside}
+
+
+def _require_distinct(ports: dict[str, int]) -> None:
+    owners: dict[int, str] = {}
+    for flag, port in ports.items():
+        if port in owners:
+            raise PlanError(f"{flag} {port} is the {owners[port]}; give another, or 0 for any")
+        owners[port] = flag
 
 
 def _check_host(host: str) -> None:

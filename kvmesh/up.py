@@ -106,9 +106,10 @@ class _Up:
         prompt = shlex.quote(self._sample or DEFAULT_PROMPT)
         print(f"\nkvmesh serves at {address} (gRPC, kvmesh.v1.GenerationService). Try:")
         print(f"  {_program()} generate {prompt}{flag}")
-        print(
-            f"Instances: {_program()} status --admin-addr {connectable(self._plan.admin_address)}"
-        )
+        admin = connectable(self._plan.admin_address)
+        print(f"Instances: {_program()} status --admin-addr {admin}")
+        print(f"Decode steps: {_program()} top --admin-addr {admin}")
+        print(f"live page: http://{connectable(self._plan.http_address)}")
         print("Ctrl-C drains and stops.", flush=True)
 
 

@@ -6,6 +6,7 @@ Owns the wiring of one gateway, in this process or in a test. Never parses flags
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from mesh.discovery import Discovery
 from mesh.process import announce_ready, settle_heap
@@ -14,6 +15,7 @@ from mesh.status import StatusServicer
 from mesh.telemetry import Telemetry
 from protos import gateway_pb2_grpc, status_pb2_grpc
 from services.gateway.generation import GenerationServicer
+from services.gateway.live_page import LivePage
 from services.gateway.model_service import ModelServicer
 from services.gateway.registry import Registry
 from services.gateway.request import Backend
@@ -22,6 +24,8 @@ from services.gateway.settings import GatewaySettings
 from services.gateway.status import MeshStatus
 from services.gateway.stores import Stores
 from services.gateway.tokenizer import Tokenizer
+
+log = logging.getLogger("kvmesh.gateway")
 
 
 class Gateway:
@@ -37,15 +41,7 @@ class Gateway:
         self._settings = settings
         self._incarnation = incarnation
         self._is_draining = False
-        self.router = Router(
-            model_name=settings.model_name or settings.model.resolve().name,
-            prefills=settings.prefill,
-            decodes=settings.decode,
-            telemetry=telemetry,
-            poll_s=settings.poll_s,
-            lost_after_s=settings.lost_after_s,
-            rank_wait_s=settings.rank_wait_s,
-        )
+        self.router = _make_router(settings, telemetry)
         self.registry = Registry(settings.max_live_requests)
         self._discovery = Discovery(settings.kvstore)
         self._stores = Stores(self.router)
@@ -66,6 +62,8 @@ class Gateway:
         self._admin = ServiceServer(
             host=settings.host, port=settings.admin_port, telemetry=telemetry
         )
+        self._live_page = self._make_live_page()
+        self.live_page_address = ""
         self._add_services(backend, tokenizer)
 
     @property
@@ -83,6 +81,9 @@ class Gateway:
         address = f"{host}:{await self._server.start()}"
         admin_address = f"{host}:{await self._admin.start()}"
         self._status.address = address
+        if self._live_page is not None:
+            self.live_page_address = f"{host}:{await self._live_page.start()}"
+            log.info("live page: http://%s", self.live_page_address)
         await self.router.start()
         await self._discovery.start(self.router.follow_kvstores)
         return address, admin_address
@@ -110,6 +111,8 @@ class Gateway:
         await self._discovery.close()
         await self._stores.close()
         await self.router.close()
+        if self._live_page is not None:
+            await self._live_page.close()
         await self._admin.stop(0.5)
 
     async def _follow_readiness(self, address: str) -> None:
@@ -124,6 +127,17 @@ class Gateway:
                 settle_heap()
                 announce_ready(role="gateway", address=address, incarnation=self._incarnation)
             await self.router.changed()
+
+    def _make_live_page(self) -> LivePage | None:
+        settings = self._settings
+        if settings.http_port is None:
+            return None
+        return LivePage(
+            host=settings.host,
+            port=settings.http_port,
+            names=settings.http_hosts,
+            snapshot=self._status.snapshot,
+        )
 
     def _add_services(self, backend: Backend, tokenizer: Tokenizer) -> None:
         backend.telemetry.observe("peer_state", self.router.peer_states)
@@ -142,3 +156,15 @@ class Gateway:
             StatusServicer(self._status.snapshot, self.check),
             "kvmesh.v1.StatusService",
         )
+
+
+def _make_router(settings: GatewaySettings, telemetry: Telemetry) -> Router:
+    return Router(
+        model_name=settings.model_name or settings.model.resolve().name,
+        prefills=settings.prefill,
+        decodes=settings.decode,
+        telemetry=telemetry,
+        poll_s=settings.poll_s,
+        lost_after_s=settings.lost_after_s,
+        rank_wait_s=settings.rank_wait_s,
+    )

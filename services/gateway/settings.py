@@ -25,6 +25,14 @@ class GatewaySettings(ServiceSettings):
     admin_port: int = setting(
         0, group="mesh", help="port of StatusService; 0 is any", minimum=0, maximum=65535
     )
+    http_port: int | None = setting(
+        None, group="live page", help="port of the live page; 0 picks one", minimum=0, maximum=65535
+    )
+    http_hosts: tuple[str, ...] = setting(
+        (),
+        group="live page",
+        help="names by which browsers reach it, beside addresses, localhost and this host's name",
+    )
     poll_s: float = setting(
         0.5, group="mesh", help="seconds between two status polls", minimum=0.05, maximum=60.0
     )

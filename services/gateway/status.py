@@ -27,7 +27,7 @@ class MeshStatus:
         self._is_ready = is_ready
         self._started_at = time.monotonic()
 
-    async def snapshot(self) -> list[status_pb2.InstanceStatus]:
+    def snapshot(self) -> list[status_pb2.InstanceStatus]:
         """The gateway, prefills, decodes, kvstores."""
         return [self._own(), *(instance.status for instance in self._router.instances)]
 

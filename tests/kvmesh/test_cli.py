@@ -142,7 +142,7 @@ def test_quantiles_are_nearest_rank() -> None:
     assert bench.quantile([], 0.5) == 0.0
 
 
-@pytest.mark.parametrize("command", ["up", "generate", "status", "doctor", "bench"])
+@pytest.mark.parametrize("command", ["up", "generate", "status", "top", "doctor", "bench"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "usage: kvmesh" in capsys.readouterr().out

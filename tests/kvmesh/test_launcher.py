@@ -56,6 +56,7 @@ class Harness:
             workers=(spec("prefill-0"), spec("decode-0")),
             gateway=spec("gateway"),
             admin_address="127.0.0.1:2",
+            http_address="127.0.0.1:3",
             drain_s=drain_s,
         )
         self.launcher = Launcher(plan, lambda name, line: self.lines.put_nowait((name, line)))

@@ -90,6 +90,30 @@ def test_the_free_port_is_not_the_admin_port(
     assert plan.admin_address == f"127.0.0.1:{free_port}"
 
 
+def test_the_live_page_has_the_port_after_the_admin_port(model: Path) -> None:
+    plan = plan_mesh(MeshOptions(model=model, port=0))
+    public = int(plan.gateway.address.rpartition(":")[2])
+    assert plan.http_address == f"127.0.0.1:{public + 2}"
+    assert flag(plan.gateway.flags, "--http-port") == str(public + 2)
+
+
+def test_a_port_of_0_has_free_ports_beside_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picked = iter([50100, 65534, 50200])
+    monkeypatch.setattr("kvmesh.ports._pick", lambda host: next(picked))
+    monkeypatch.setattr("kvmesh.ports._is_free", lambda flag, host, port: port != 50102)
+    plan = plan_mesh(MeshOptions(model=model, port=0))
+    addresses = (plan.gateway.address, plan.admin_address, plan.http_address)
+    assert addresses == ("127.0.0.1:50200", "127.0.0.1:50201", "127.0.0.1:50202")
+
+
+def test_the_admin_port_cannot_be_the_live_pages(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmesh.ports._is_free", lambda flag, host, port: True)
+    with pytest.raises(PlanError, match="--http-port 50053 is the --admin-port"):
+        plan_mesh(MeshOptions(model=model, port=50051, admin_port=50053))
+
+
 def test_a_taken_port_is_named(model: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
@@ -115,6 +139,8 @@ def test_a_taken_port_is_named(model: Path) -> None:
         ({"port": -1}, "--port -1"),
         ({"admin_port": 70000}, "--admin-port 70000: ports are 1 to 65535"),
         ({"port": 65535}, "--port 65535.*--admin-port"),
+        ({"port": 65534}, "--port 65534: --http-port would be 65536; give --http-port"),
+        ({"http_port": 70000}, "--http-port 70000: ports are 1 to 65535"),
         ({"max_batch": 0}, "--max-batch 0.*at least 1"),
         ({"chunk_tokens": 15}, "--chunk-tokens 15.*at least 16"),
         ({"block_tokens": -3}, "--block-tokens -3: give 8 to 256"),

@@ -65,6 +65,8 @@ def test_it_prints_the_address_and_a_line_to_paste(folder: Path) -> None:
     up = Up(folder, "ready")
     address = up.until("serves at").split()[3]
     assert f"--addr {address}" in up.until("generate")
+    port = int(address.rpartition(":")[2])
+    assert f"live page: http://127.0.0.1:{port + 2}" in up.until("live page")
     up.process.send_signal(signal.SIGINT)
     up.process.communicate(timeout=60)
 
@@ -92,7 +94,14 @@ def test_a_service_that_cannot_start_ends_the_mesh_with_its_words(folder: Path) 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--decode 0", "--admin-port 70000", "--max-batch 0", "--drain-s nan", "--host 9.9.9.9"],
+    [
+        "--decode 0",
+        "--admin-port 70000",
+        "--http-port 70000",
+        "--max-batch 0",
+        "--drain-s nan",
+        "--host 9.9.9.9",
+    ],
 )
 def test_bad_flags_exit_two_with_the_flag_before_anything_starts(folder: Path, flags: str) -> None:
     up = Up(folder, "ready", *flags.split())

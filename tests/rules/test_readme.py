@@ -18,7 +18,7 @@ import pytest
 from tests.rules.tree import ROOT
 
 README = (ROOT / "README.md").read_text()
-DEFAULT_PORTS = (50051, 50052)
+DEFAULT_PORTS = (50051, 50052, 50053)
 TIMEOUT_S = 100
 
 
