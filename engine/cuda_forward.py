@@ -17,6 +17,7 @@ from engine.plan import Chunk
 from engine.prompt_graphs import PromptInputs
 from engine.ragged import ROW_MULTIPLE, Pass, PassInputs, Span, padded, pass_inputs, passes_of
 from engine.staging import RowInputs
+from engine.written import WrittenMark
 from kernels import ops
 
 
@@ -24,7 +25,7 @@ class CudaForward:
     """Runs the decoder over at most max_decode output positions a pass, and any prompt positions.
 
     context_len: what model and cache can hold; sampled: where the tokens of the step before are,
-    on the device.
+    on the device. `written` reports passes that are no step of output positions alone.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class CudaForward:
         self._sampled, self._pdl = sampled, pdl
         self._tables = tables or ops.TileTables.empty()
         self._device = cache.storage.device
+        self.written = WrittenMark(self._device)
         self._block_tokens = cache.layout.block_tokens
         capacity = cache.num_blocks * self._block_tokens
         self.context_len = min(config.context_len, capacity)
@@ -119,6 +121,7 @@ class CudaForward:
             sources=section("sources", num_rows),
             sampled=self._sampled,
             pdl=self._pdl,
+            on_written=self.written.enqueue,
         )
         return self._decoder.forward(batch, self._cache.pages)
 
@@ -158,6 +161,7 @@ class CudaForward:
             sources=inputs.sources,
             sampled=self._sampled,
             pdl=self._pdl,
+            on_written=self.written.enqueue,
         )
         return self._decoder.forward(batch, self._cache.pages)
 

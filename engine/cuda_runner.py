@@ -105,7 +105,7 @@ class CudaRunner:
         """As `step` without sampling: per chunk [num_tokens, hidden_size] after the last norm."""
         self._forward.check(chunks)
         parts: list[list[torch.Tensor]] = [[] for _ in chunks]
-        for part, hidden in self._passes(chunks, ()):
+        for part, hidden in self._passes(chunks, (), self._forward.written.next_step()):
             for span, row in part.places():
                 parts[span.chunk].append(hidden[row : row + span.stop - span.start])
         return [torch.cat(part) for part in parts]
@@ -173,9 +173,11 @@ class CudaRunner:
     def _launch_chunks(self, chunks: list[Chunk], before: Sequence[int]) -> CudaStep:
         """A step of any chunks, kernel by kernel."""
         ops.stamp(self._stamps, BEGIN)
-        hidden = self._hidden(chunks, before)
+        number = self._forward.written.next_step()
+        hidden = self._hidden(chunks, before, number)
         ops.stamp(self._stamps, FORWARD, pdl=self._pdl)
         step = CudaStep.of(chunks, [-1] * len(chunks), [], is_cuda=self._is_cuda)
+        step.written, step.number = self._forward.written, number
         for part in self._sample_parts(chunks):
             logits = self.decoder.logits(
                 torch.stack([hidden[number][-1] for number in part]), pdl=self._pdl
@@ -212,19 +214,25 @@ class CudaRunner:
         return parts
 
     def _passes(
-        self, chunks: list[Chunk], before: Sequence[int]
+        self, chunks: list[Chunk], before: Sequence[int], number: int
     ) -> Iterator[tuple[Pass, torch.Tensor]]:
-        """Enqueues the passes of a step; hidden states [num_rows, hidden_size]."""
-        for part in self._forward.passes(chunks):
+        """Enqueues the passes of a step, number as `WrittenMark` counts it; hidden states
+        [num_rows, hidden_size].
+        """
+        parts = self._forward.passes(chunks)
+        for part in parts:
+            self._forward.written.begin(number, is_last=part is parts[-1])
             if self._prompts is not None and self._prompts.fits(part):
                 yield part, self._prompts.run(chunks, part, before)
             else:
                 yield part, self._forward.one_pass(chunks, part, before)
 
-    def _hidden(self, chunks: list[Chunk], before: Sequence[int]) -> dict[int, torch.Tensor]:
+    def _hidden(
+        self, chunks: list[Chunk], before: Sequence[int], number: int
+    ) -> dict[int, torch.Tensor]:
         """By chunk: hidden states of its last row, or of all rows for prompt logprobs."""
         hidden: dict[int, torch.Tensor] = {}
-        for part, states in self._passes(chunks, before):
+        for part, states in self._passes(chunks, before, number):
             for span, row in part.places():
                 stop = row + span.stop - span.start
                 if chunks[span.chunk].prompt_logprobs is None:

@@ -12,6 +12,7 @@ import torch
 from engine.gpu_sampler import GpuSampler, PreparedRows
 from engine.plan import Chunk, ChunkResult, PositionLogprobs
 from engine.sampler import LogitsError
+from engine.written import WrittenMark
 from kernels.step_times import BEGIN, END, FORWARD, NUM_STAMPS
 
 
@@ -21,7 +22,8 @@ class CudaStep:
 
     graph_rows: of the graph it replays, 0 without one, None on a CPU. places: where on the device
     the token of each chunk is that samples one, else -1; prepared: its rows in the sampler, in
-    order of the chunks that sample; prompt_logprobs: by number of chunk.
+    order of the chunks that sample; prompt_logprobs: by number of chunk. written: where the device
+    reports that the KV of the step, by its number there, is in the cache; None: it does not.
     """
 
     chunks: list[Chunk]
@@ -31,6 +33,8 @@ class CudaStep:
     done: torch.cuda.Event | None
     graph_rows: int | None
     prompt_logprobs: dict[int, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
+    written: WrittenMark | None = None
+    number: int = 0
 
     @classmethod
     def of(
@@ -62,6 +66,12 @@ class CudaStep:
     def is_done(self) -> bool:
         """Whether everything has reached the host."""
         return self.done is None or self.done.query()
+
+    def wait_written(self) -> bool:
+        """Waits until its KV is in the cache; False if that is not known before it is done."""
+        if self.written is None:
+            return False
+        return self.written.wait(self.number, lambda: self.is_done)
 
     @property
     def forward_s(self) -> float:

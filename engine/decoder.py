@@ -6,6 +6,7 @@ Owns the order of operations; the arithmetic is in kernels.ops. Holds no request
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Batch:
     token_ids, positions: [num_rows] int; block_ids, offsets: [num_tokens] int, where the KV of the
     first num_tokens rows goes; the other rows, and those with a negative block, are padding.
     With sources [num_rows] int32, a row whose source is not negative has the token
-    sampled[source]. pdl: kernels may be launched under the end of the one before.
+    sampled[source]. pdl: kernels may be launched under the end of the one before. on_written is
+    called when the last kernel that writes KV is enqueued.
     """
 
     token_ids: torch.Tensor
@@ -46,6 +48,7 @@ class Batch:
     sources: torch.Tensor | None = None
     sampled: torch.Tensor | None = None
     pdl: bool = False
+    on_written: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +153,8 @@ class Decoder:
             num_kv_heads=config.num_kv_heads,
             pdl=pdl,
         )
+        if batch.on_written is not None and index == len(self._layers) - 1:
+            batch.on_written()
         attended: Rows = batch.attention.attend(query, pages, index, config.head_dim**-0.5)
         if self._quantise is not None:
             group = ops.GROUP if self._quantise == "group" else None

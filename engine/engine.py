@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from engine.block_pool import BlockPool, BlockWaiters
-from engine.pipeline import MAX_FLIGHTS, Landed, Pipeline, Runner
+from engine.pipeline import MAX_FLIGHTS, Flight, Landed, Pipeline, Runner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceState, StepItem, StepOutcome
 
@@ -96,6 +96,18 @@ class Engine:
         sequence.check(pool.block_tokens)
         self._scheduler.add(sequence)
         self._wake.set()
+
+    def tell_written(self, listener: Callable[[Sequence, int], None]) -> None:
+        """From now on listener(sequence, n) is called, before on_step, when the KV of its first n
+        tokens is in its blocks: only for steps that take long, and the step may still fail.
+        """
+
+        def tell(flight: Flight) -> None:
+            for sequence, chunk in flight.batch:
+                if sequence.state is SequenceState.RUNNING:
+                    listener(sequence, chunk.start + len(chunk.token_ids))
+
+        self._pipeline.on_written = tell
 
     def drop(self, sequence: Sequence) -> None:
         """Ends a sequence without outcome; its blocks are free once no step uses them.

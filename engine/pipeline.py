@@ -75,7 +75,11 @@ class Landed:
 
 
 class Pipeline:
-    """Flights of one runner, landed in the order of their launch."""
+    """Flights of one runner, landed in the order of their launch.
+
+    on_written, if set, is called on the loop when the KV of a flight that is not over is in the
+    cache.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.flights: deque[Flight] = deque()
@@ -83,6 +87,7 @@ class Pipeline:
         self._launches = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._waits = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine-wait")
         self._last_done_at = 0.0
+        self.on_written: Callable[[Flight], None] | None = None
 
     def launch(self, batch: list[Scheduled], schedule_s: float) -> None:
         """Queues a step behind those in flight."""
@@ -98,7 +103,7 @@ class Pipeline:
         if step.is_done:
             results, done_at = _results(self._runner, step)
         else:
-            waited = self._waits.submit(_results, self._runner, step)
+            waited = self._waits.submit(self._wait, flight, step, asyncio.get_running_loop())
             results, done_at = await outcome(waited)
         if len(results) != len(flight.batch):
             raise RuntimeError(f"{len(results)} results for {len(flight.batch)} chunks")
@@ -118,6 +123,13 @@ class Pipeline:
     async def call(self, fn: Callable[..., T], *args: object) -> T:
         """Runs fn(*args) in the engine thread, behind what is launched."""
         return await outcome(self._launches.submit(fn, *args))
+
+    def _wait(
+        self, flight: Flight, step: Step, loop: asyncio.AbstractEventLoop
+    ) -> tuple[list[ChunkResult], float]:
+        if self.on_written is not None and step.wait_written():
+            loop.call_soon_threadsafe(self.on_written, flight)
+        return _results(self._runner, step)
 
     def close(self) -> None:
         """Ends the threads; blocks until they have."""

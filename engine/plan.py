@@ -126,6 +126,10 @@ class Step(Protocol):
         """Whether the results are there without waiting."""
         ...
 
+    def wait_written(self) -> bool:
+        """Waits until its KV is in the cache; False if that is not known before it is done."""
+        ...
+
     @property
     def forward_s(self) -> float:
         """Seconds the model took, on the device that computes."""

@@ -41,6 +41,10 @@ class ComputedStep:
         """Always."""
         return True
 
+    def wait_written(self) -> bool:
+        """It is, and nobody waited for it."""
+        return False
+
     @property
     def graph_rows(self) -> int | None:
         """A CPU has no graphs."""

@@ -10,56 +10,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
 from mesh.kvstore_shards import Deadline, Shards, each
+from mesh.kvstore_slots import Grant, Part, Slot
 from protos import kvstore_pb2
 
 _DIGEST_MASK = 2**64 - 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Slot:
-    """Where a life of a store wants a block, until expires_at on the monotonic clock."""
-
-    shard: Shard
-    life: str
-    reservation_id: int
-    offset: int
-    expires_at: float
-
-    def holds_until(self, deadline: Deadline) -> bool:
-        """Whether a WRITE that ends by the deadline still finds it reserved."""
-        ends_at = time.monotonic() + deadline.remaining_s
-        is_member = self.shard.life == self.life and not self.shard.has_left
-        return is_member and ends_at < self.expires_at
-
-
-@dataclass(slots=True, kw_only=True)
-class _Part:
-    """Blocks on their way to one life of a store; `indices`: positions among the publish's keys."""
-
-    shard: Shard
-    life: str
-    indices: list[int]
-    slots: list[_Slot]
-    is_written: bool = False
-    is_closed: bool = False
-    late: asyncio.Future[None] | None = None
-
-    @property
-    def reservation_ids(self) -> list[int]:
-        """Of the slots, in order."""
-        return [slot.reservation_id for slot in self.slots]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Grant:
-    """One store's answer: slots and blocks sealed already, by position among the keys."""
-
-    slots: dict[int, _Slot] = field(default_factory=dict)
-    sealed: set[int] = field(default_factory=set)
 
 
 class Publish:
@@ -82,7 +39,7 @@ class Publish:
         self._is_private = is_private
         self._tenant = tenant
         self._ttl_s = Deadline(reserve_s).ttl_s
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._sealed: set[int] = set()
         self._is_closed = False
 
@@ -90,16 +47,49 @@ class Publish:
         """Asks the stores for slots; those that have trouble give none."""
         await self._ask(range(len(self._keys)), deadline)
 
-    async def send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
-        """Sends local blocks block_ids under the keys from `first` on; how many are sealed now."""
+    async def send(
+        self,
+        first: int,
+        block_ids: Sequence[int],
+        deadline: Deadline,
+        may_seal: asyncio.Future[bool] | None = None,
+    ) -> int:
+        """Sends local blocks block_ids under the keys from `first` on; how many are sealed now.
+
+        may_seal is awaited between WRITE and Seal: nothing is sealed if it is False or late.
+        """
         with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
-            num_sealed = await self._send(first, block_ids, deadline)
+            num_sealed = await self._send(first, block_ids, deadline, may_seal)
             span.set_attribute("kvmesh.keys", len(block_ids))
             span.set_attribute("kvmesh.blocks", num_sealed)
         return num_sealed
 
-    async def _send(self, first: int, block_ids: Sequence[int], deadline: Deadline) -> int:
+    async def _send(
+        self,
+        first: int,
+        block_ids: Sequence[int],
+        deadline: Deadline,
+        may_seal: asyncio.Future[bool] | None,
+    ) -> int:
         indices = range(first, first + len(block_ids))
+        await self._renew(indices, deadline)
+        blocks = dict(zip(indices, block_ids, strict=True))
+        parts, digests = self._parts(indices), dict[int, int]()
+        try:
+            if parts:
+                writes = (self._write(part, blocks, deadline) for part in parts.values())
+                await each([self._digest(parts, blocks, digests, deadline), *writes])
+                written = [part for part in parts.values() if part.is_written]
+                if digests and (may_seal is None or await _in_time(may_seal, deadline)):
+                    await each(self._seal(part, digests) for part in written)
+            return sum(index in self._sealed for index in indices)
+        finally:
+            for part in parts.values():
+                if not part.is_closed:
+                    self._give_up(part)
+
+    async def _renew(self, indices: Sequence[int], deadline: Deadline) -> None:
+        """Asks anew for slots that end too early, and for what no slot was given for."""
         old = [
             self._slots.pop(index)
             for index in indices
@@ -112,29 +102,20 @@ class Publish:
         missing = [i for i in indices if i not in self._slots and i not in self._sealed]
         if missing:
             await self._ask(missing, deadline)
-        blocks = dict(zip(indices, block_ids, strict=True))
-        parts: dict[tuple[Shard, str], _Part] = {}
+
+    def _parts(self, indices: Sequence[int]) -> dict[tuple[Shard, str], Part]:
+        """Takes the slots of these keys, by store."""
+        parts: dict[tuple[Shard, str], Part] = {}
         for index in indices:
             slot = self._slots.pop(index, None)
             if slot is not None:
                 part = parts.setdefault(
                     (slot.shard, slot.life),
-                    _Part(shard=slot.shard, life=slot.life, indices=[], slots=[]),
+                    Part(shard=slot.shard, life=slot.life, indices=[], slots=[]),
                 )
                 part.indices.append(index)
                 part.slots.append(slot)
-        digests: dict[int, int] = {}
-        try:
-            if parts:
-                writes = (self._write(part, blocks, deadline) for part in parts.values())
-                await each([self._digest(parts, blocks, digests, deadline), *writes])
-                written = [part for part in parts.values() if part.is_written]
-                await each(self._seal(part, digests) for part in written if digests)
-            return sum(index in self._sealed for index in indices)
-        finally:
-            for part in parts.values():
-                if not part.is_closed:
-                    self._give_up(part)
+        return parts
 
     def close(self) -> None:
         """Gives back what was not sent, also what a `reserve` under way still gets."""
@@ -165,7 +146,7 @@ class Publish:
 
     async def _grant(
         self, shard: Shard, indices: list[int], deadline: Deadline, attempt: int
-    ) -> _Grant:
+    ) -> Grant:
         request = kvstore_pb2.ReserveRequest(
             incarnation=self._shards.incarnation,
             keys=[self._keys[index] for index in indices],
@@ -178,14 +159,14 @@ class Publish:
         # From here, not from the answer: the store's clock for it began later.
         life, expires_at = shard.life, time.monotonic() + self._ttl_s
         response = await shard.call("Reserve", request, deadline.remaining_s)
-        grant = _Grant()
+        grant = Grant()
         for index, reservation in zip(indices, response.reservations, strict=False):
             if reservation.outcome == kvstore_pb2.Reservation.OUTCOME_ALREADY_SEALED:
                 grant.sealed.add(index)
             elif reservation.outcome != kvstore_pb2.Reservation.OUTCOME_RESERVED:
                 continue
             elif self._shards.fits(shard, reservation.slot.offset, reservation.slot.num_bytes):
-                grant.slots[index] = _Slot(
+                grant.slots[index] = Slot(
                     shard=shard,
                     life=life,
                     reservation_id=reservation.reservation_id,
@@ -197,7 +178,7 @@ class Publish:
 
     async def _digest(
         self,
-        parts: dict[tuple[Shard, str], _Part],
+        parts: dict[tuple[Shard, str], Part],
         blocks: dict[int, int],
         digests: dict[int, int],
         deadline: Deadline,
@@ -211,7 +192,7 @@ class Publish:
             return
         digests.update(zip(indices, made, strict=True))
 
-    async def _write(self, part: _Part, blocks: dict[int, int], deadline: Deadline) -> None:
+    async def _write(self, part: Part, blocks: dict[int, int], deadline: Deadline) -> None:
         num_bytes, started_at = self._shards.block_num_bytes, time.monotonic()
 
         def remember(settled: asyncio.Future[None]) -> None:
@@ -231,14 +212,14 @@ class Publish:
         self._shards.count_moved("put", len(part.indices), time.monotonic() - started_at)
         part.is_written = True
 
-    async def _seal(self, part: _Part, digests: dict[int, int]) -> None:
+    async def _seal(self, part: Part, digests: dict[int, int]) -> None:
         part.is_closed = True
         sealed = await self._shards.background.keep(
             self._seal_or_give_back(part, digests), undo=lambda _: self._forget_private(part)
         )
         self._sealed |= sealed
 
-    async def _seal_or_give_back(self, part: _Part, digests: dict[int, int]) -> set[int]:
+    async def _seal_or_give_back(self, part: Part, digests: dict[int, int]) -> set[int]:
         request = kvstore_pb2.SealRequest(
             incarnation=self._shards.incarnation,
             reservation_ids=part.reservation_ids,
@@ -256,18 +237,18 @@ class Publish:
             part.shard.uses.drop(len(part.slots))
         return {index for index, ok in zip(part.indices, response.sealed, strict=False) if ok}
 
-    def _give_up(self, part: _Part) -> None:
+    def _give_up(self, part: Part) -> None:
         """Gives back all slots of a part; the store ignores those that were sealed."""
         if part.late is None:
             self._give_back(part.slots)
         else:
             self._shards.background.spawn(self._give_back_late(part, part.late))
 
-    async def _give_back_late(self, part: _Part, late: asyncio.Future[None]) -> None:
+    async def _give_back_late(self, part: Part, late: asyncio.Future[None]) -> None:
         await asyncio.wait([late])
         self._give_back(part.slots)
 
-    def _give_back(self, slots: Iterable[_Slot]) -> set[asyncio.Task[None]]:
+    def _give_back(self, slots: Iterable[Slot]) -> set[asyncio.Task[None]]:
         """Queues slots that nothing is written to any more; tasks that end when all is told."""
         by_life: dict[tuple[Shard, str], list[int]] = {}
         for slot in slots:
@@ -278,9 +259,17 @@ class Publish:
             shard.uses.drop(len(numbers))
         return tasks
 
-    async def _forget_private(self, part: _Part) -> None:
+    async def _forget_private(self, part: Part) -> None:
         """A private block whose publisher was cancelled has no reader."""
         if self._is_private:
             keys = [self._keys[index] for index in part.indices]
             request = kvstore_pb2.DiscardRequest(keys=keys)
             await part.shard.call("Discard", request, RPC_TIMEOUT_S, even_down=True)
+
+
+async def _in_time(answer: asyncio.Future[bool], deadline: Deadline) -> bool:
+    try:
+        async with asyncio.timeout(deadline.remaining_s):
+            return await asyncio.shield(answer)  # others wait for it, too
+    except TimeoutError:
+        return False

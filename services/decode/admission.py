@@ -23,12 +23,14 @@ class Admission:
         self,
         worker: Worker,
         admit: decode_pb2.Admit,
+        prompt_token_ids: list[int],
         root: bytes,
         prefetch: Prefetch | None,
         start: Start,
     ) -> None:
         self._worker = worker
         self._admit = admit
+        self._prompt = prompt_token_ids
         self._root = root
         self._prefetch = prefetch
         self._start = start
@@ -42,7 +44,7 @@ class Admission:
         states = self._admit.sequences
         if not states:
             raise ValueError("sequences is empty; at least one is needed")
-        prompt = list(self._admit.prompt_token_ids)
+        prompt = self._prompt
         tokens = [*prompt, *states[0].output_token_ids]
         blocks, num_computed = await self._find(tokens)
         # Pinned until the last fork is made: the first sequence may finish meanwhile.

@@ -19,9 +19,8 @@ class SealedBlocks:
         self._tenant = tenant
         self._sequence = sequence
         self._num_sealed = sequence.num_computed // worker.block_tokens
-        tokens = sequence.token_ids[: self._num_sealed * worker.block_tokens]
-        keys = block_keys(root, tokens, worker.block_tokens)
-        self._parent = keys[-1] if keys else root
+        # The name before the next block's, in the chain from `root`; not known before it is needed.
+        self._root, self._parent = root, b""
 
     def advance(self, item: StepItem) -> None:
         """Seals what this step filled; called on the loop after the step."""
@@ -30,8 +29,9 @@ class SealedBlocks:
         if num_full <= self._num_sealed:
             return
         first, self._num_sealed = self._num_sealed, num_full
-        tokens = self._sequence.token_ids[first * block_tokens : num_full * block_tokens]
-        keys = block_keys(self._parent, tokens, block_tokens)
+        known = first if self._parent else 0
+        tokens = self._sequence.token_ids[known * block_tokens : num_full * block_tokens]
+        keys = block_keys(self._parent or self._root, tokens, block_tokens)[first - known :]
         self._parent = keys[-1]
         blocks = self._sequence.blocks[first:num_full]
         self._worker.pool.share(blocks)

@@ -34,6 +34,7 @@ class Request:
     """One admitted request and what it holds."""
 
     admit: decode_pb2.Admit
+    prompt_token_ids: list[int]
     root: bytes
     prefetch: Prefetch | None
     admission: asyncio.Task[None] | None = None
@@ -146,7 +147,8 @@ class Session:
         if prefetch := self._prefetches.pop(admit.handle, None):
             prefetch.keep()
         root = self._worker.root(admit.cache_salt)
-        request = Request(admit=admit, root=root, prefetch=prefetch)
+        prompt = list(admit.prompt_token_ids)
+        request = Request(admit=admit, prompt_token_ids=prompt, root=root, prefetch=prefetch)
         self._requests[admit.handle] = request
         request.admission = asyncio.ensure_future(self._run_admission(request))
 
@@ -179,6 +181,7 @@ class Session:
                 admission = Admission(
                     self._worker,
                     admit,
+                    request.prompt_token_ids,
                     request.root,
                     request.prefetch,
                     functools.partial(self._start_sequence, request),
@@ -216,7 +219,7 @@ class Session:
             return
         sequence = Sequence(
             key=SequenceKey(session_id=self._session_id, handle=admit.handle, sequence_index=index),
-            prompt_token_ids=list(admit.prompt_token_ids),
+            prompt_token_ids=request.prompt_token_ids,
             output_token_ids=list(state.output_token_ids),
             seeds=(state.seed,),
             sampling=wire.sampling_params(admit.sampling),

@@ -7,6 +7,7 @@ and Watches wait.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 
@@ -138,6 +139,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if self._is_own(request.life):
             sealed = self._index.seal(request.incarnation, request.reservation_ids, request.digests)
             self._wake()
+            await asyncio.sleep(0)  # who waits for these blocks is answered before their writer
         return kvstore_pb2.SealResponse(sealed=sealed)
 
     async def Acknowledge(  # noqa: N802 - gRPC method name

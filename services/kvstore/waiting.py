@@ -16,7 +16,7 @@ class Waiting:
 
     def __init__(self, index: BlockIndex) -> None:
         self._index = index
-        self._settled: dict[int, asyncio.Future[None]] = {}
+        self._waits: dict[int, set[asyncio.Future[None]]] = {}
         index.on_settled = self._settle
 
     async def until_written(self, keys: Sequence[bytes], max_wait_s: float) -> float:
@@ -24,14 +24,19 @@ class Waiting:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + max_wait_s
         while number := self._index.first_reserved(keys):
-            settled = self._settled.setdefault(number, loop.create_future())
+            settled = loop.create_future()
+            waits = self._waits.setdefault(number, set())
+            waits.add(settled)
             try:
                 async with asyncio.timeout_at(deadline):
-                    await asyncio.shield(settled)
+                    await settled
             except TimeoutError:
                 return 0.0
+            finally:
+                waits.discard(settled)
         return max(0.0, deadline - loop.time())
 
     def _settle(self, number: int) -> None:
-        if settled := self._settled.pop(number, None):
-            settled.set_result(None)
+        for settled in self._waits.pop(number, ()):
+            if not settled.done():  # its Lookup may have been cancelled just now
+                settled.set_result(None)

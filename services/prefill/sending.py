@@ -1,6 +1,7 @@
 """A prompt's way into the store: slots while it is computed, blocks as they fill, the tail last.
 
-Owns the publishes of one prompt and their tasks. Never computes, never decides what is handed off.
+Owns the publishes of one prompt and their tasks: WRITE as soon as KV is there, Seal once its step
+went well. Never computes, never decides what is handed off.
 """
 
 from __future__ import annotations
@@ -31,25 +32,45 @@ class Sending:
         self._has_tail_key = bool(tail_key)
         self._reserved = asyncio.ensure_future(self._reserve())
         self._last: asyncio.Task[bool] | None = None
+        self._last_tail: asyncio.Task[bool] | None = None
+        self._is_good: asyncio.Future[bool] | None = None  # of what was sent since `seal`
+        self._is_tail_wanted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
     def send(self, first: int, block_ids: Sequence[int]) -> None:
-        """Sends blocks behind those before; block_ids hold the prompt's blocks from `first` on."""
-        self._last = asyncio.ensure_future(self._send(self._last, first, list(block_ids)))
+        """Sends blocks behind those before; block_ids hold the prompt's blocks from `first` on.
+
+        They are not sealed before `seal`.
+        """
+        self._is_good = self._is_good or asyncio.get_running_loop().create_future()
+        sending = self._send(self._last, first, list(block_ids), self._is_good)
+        self._last = asyncio.ensure_future(sending)
+
+    def seal(self) -> None:
+        """What was sent came of steps that went well."""
+        if self._is_good is not None:
+            self._is_good.set_result(True)
+            self._is_good = None
+
+    def send_tail(self, block: int, num_tokens: int) -> None:
+        """Sends the tail, num_tokens tokens, if that was not done; sealed by `finish` only."""
+        if self._has_tail_key and self._last_tail is None:
+            self._last_tail = asyncio.ensure_future(self._send_tail(block, num_tokens))
 
     async def reserved(self) -> None:
         """Waits until the slots are reserved: from then on a reader can wait for what is sent."""
         await asyncio.shield(self._reserved)
 
-    async def finish(self, tail_block: int | None, tail_len: int) -> None:
-        """Sends the tail, tail_len tokens, and waits until it and what was sent are sealed."""
-        tail = [] if tail_block is None else [self._send_tail(tail_block, tail_len)]
-        await each([self._sent(), *tail])
+    async def finish(self, *, wants_tail: bool) -> None:
+        """Waits until what was sent is sealed, the tail only if it is wanted."""
+        self._is_tail_wanted.set_result(wants_tail)
+        await each([_over(self._last), _over(self._last_tail)])
 
     def close(self) -> None:
         """Drops what is under way and gives unused slots back."""
         self._reserved.cancel()
-        if self._last is not None:
-            self._last.cancel()
+        for last in (self._last, self._last_tail):
+            if last is not None:
+                last.cancel()
         self._blocks.close()
         self._tail.close()
 
@@ -58,25 +79,29 @@ class Sending:
         await each([self._blocks.reserve(deadline), self._tail.reserve(deadline)])
 
     async def _send(
-        self, before: asyncio.Task[bool] | None, first: int, block_ids: list[int]
+        self,
+        before: asyncio.Task[bool] | None,
+        first: int,
+        block_ids: list[int],
+        is_good: asyncio.Future[bool],
     ) -> bool:
         """Whether all up to here are sealed: nothing goes out behind a gap."""
         if before is not None and not await before:
             return False
         await self.reserved()
         num_sealed = await self._blocks.send(
-            first - self._num_pulled, block_ids, Deadline(PUBLISH_DEADLINE_S)
+            first - self._num_pulled, block_ids, Deadline(PUBLISH_DEADLINE_S), is_good
         )
         return num_sealed == len(block_ids)
 
-    async def _sent(self) -> None:
-        if self._last is not None:
-            await self._last
-
-    async def _send_tail(self, block: int, num_tokens: int) -> None:
-        if not self._has_tail_key:
-            return
+    async def _send_tail(self, block: int, num_tokens: int) -> bool:
         cache = self._worker.runner.cache
         await self._worker.on_settled(cache.zero_block_tail, block, num_tokens)
         await self.reserved()
-        await self._tail.send(0, [block], Deadline(PUBLISH_DEADLINE_S))
+        deadline = Deadline(PUBLISH_DEADLINE_S)
+        return await self._tail.send(0, [block], deadline, self._is_tail_wanted) == 1
+
+
+async def _over(task: asyncio.Task[bool] | None) -> None:
+    if task is not None:
+        await task

@@ -35,6 +35,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._ids = itertools.count(1)
         worker.listeners.append(self._on_step)
         worker.failure_listeners.append(self._on_failure)
+        worker.engine.tell_written(self._on_written)
 
     @property
     def num_requests(self) -> int:
@@ -88,6 +89,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         for prompt in self._prompts.values():
             prompt.look_for_last_chunk()
         instruments.kv_prefix_tokens.add(num_computed, {"result": "computed"})
+
+    def _on_written(self, sequence: EngineSequence, num_tokens: int) -> None:
+        if prompt := self._prompts.get(sequence.key):
+            prompt.on_written(num_tokens)
 
     def _on_failure(self, sequences: Sequence[EngineSequence], error: BaseException) -> None:
         for sequence in sequences:
@@ -196,14 +201,23 @@ class Prompt:
         if is_last and sequence.num_scheduled >= num_tokens:
             self._last_chunk.set()
 
+    def on_written(self, num_tokens: int) -> None:
+        """KV of the first num_tokens is in the blocks: they go out, to be sealed after the step."""
+        assert self._sending is not None, "started before it is computed"
+        num_full, tail_len = divmod(num_tokens, self._worker.block_tokens)
+        if num_full > self._num_sent:
+            first, self._num_sent = self._num_sent, num_full
+            self._sending.send(first, self._sequence.blocks[first:num_full])
+        if num_tokens == len(self._token_ids) and tail_len:
+            self._sending.send_tail(self._sequence.blocks[-1], tail_len)
+
     def on_step(self, item: StepItem, computed_at: float) -> None:
         """Takes one step's progress: full blocks go out while the next chunk computes."""
         item.keep_blocks = item.is_finished
         self._prompt_logprobs.extend(wire.position_logprobs(p) for p in item.prompt_logprobs)
-        num_full = item.num_computed_after // self._worker.block_tokens
-        if self._sending is not None and num_full > self._num_sent:
-            first, self._num_sent = self._num_sent, num_full
-            self._sending.send(first, self._sequence.blocks[first:num_full])
+        if self._sending is not None:
+            self.on_written(item.num_computed_after)
+            self._sending.seal()
         if item.token_ids and not self._computed.done():
             self._computed_at = computed_at
             self._computed.set_result(item)
@@ -235,11 +249,10 @@ class Prompt:
     async def _hand_off(self) -> common_pb2.Handoff:
         """What a reader can wait for; it computes again what is not sealed soon."""
         assert self._sending is not None, "started before it is finished"
-        tail_len = len(self._token_ids) % self._worker.block_tokens
-        tail_block = self._sequence.blocks[-1] if tail_len and self._request_decodes else None
-        self._rest = asyncio.ensure_future(self._sending.finish(tail_block, tail_len))
+        wants_tail = self._request_decodes
+        self._rest = asyncio.ensure_future(self._sending.finish(wants_tail=wants_tail))
         await self._sending.reserved()
-        return self._handoff(b"" if tail_block is None else self._tail_key)
+        return self._handoff(self._tail_key if wants_tail else b"")
 
     def _handoff(self, tail_key: bytes) -> common_pb2.Handoff:
         return common_pb2.Handoff(

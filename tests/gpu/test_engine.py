@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.gpu.engine_case import run_engine
 from engine.cuda_runner import CudaRunner
-from engine.plan import Chunk, SamplingParams
+from engine.plan import Chunk, SampleRequest, SamplingParams
 from engine.runner import ModelRunner
 from engine.runners import RunnerOptions, load_cuda_runner
 from tests.support.tiny_models import make_tiny_model
@@ -135,6 +135,30 @@ def test_chunk_boundaries_change_no_bit_of_a_prompt(model: Path, dtype: str) -> 
     whole = hidden(runner, tokens, [])
     for cuts in ([1], [63, 64, 65], [16, 150], [299]):
         assert torch.equal(hidden(runner, tokens, cuts), whole), cuts
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_kv_told_of_before_a_step_is_over_is_whole(qwen3: Path, graphs: bool) -> None:
+    runner = load(qwen3, graphs=graphs)
+    blocks, num_blocks = list(range(48)), 6
+    for turn in range(8):
+        chunks = [
+            Chunk(
+                token_ids=[(turn + 7 * i + j) % 256 for j in range(384)],
+                start=0,
+                blocks=blocks[num_blocks * i : num_blocks * (i + 1)],
+                prompt_len=384,
+                sample=SampleRequest(params=SAMPLING, seeds=(i,), position=384),
+            )
+            for i in range(8)
+        ]
+        before = runner.cache.digest(blocks)
+        step = runner.launch(chunks, None)
+        assert step.wait_written()
+        told = runner.cache.digest(blocks)
+        runner.results(step)
+        assert told == runner.cache.digest(blocks)
+        assert not set(told) & set(before), "nothing was written"
 
 
 def test_nan_left_by_a_former_owner_changes_nothing(qwen3: Path) -> None:

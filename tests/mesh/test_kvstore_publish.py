@@ -92,3 +92,47 @@ async def test_a_slot_is_of_the_life_of_the_store_that_granted_it(mesh: Mesh) ->
     publish.close()
     written = mesh.network.arenas["reborn"].reshape(NUM_BLOCKS, BLOCK).any(axis=1)
     assert {int(i) for i in np.flatnonzero(written)} == {again.sealed[key][0] for key in keys_of(2)}
+
+
+async def test_what_is_written_early_is_sealed_only_when_it_may_be(mesh: Mesh) -> None:
+    client = await mesh.started()
+    mesh.fill(4)
+    keys, deadline = keys_of(4), Deadline(PATIENCE_S)
+    publish, (store,) = client.publish(keys), mesh.stores
+    await publish.reserve(deadline)
+    may_seal: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    blocks = store.transfer.arena.reshape(NUM_BLOCKS, BLOCK)
+    sends = [
+        asyncio.ensure_future(publish.send(first, [first, first + 1], deadline, may_seal))
+        for first in (0, 2)
+    ]
+    async with asyncio.timeout(PATIENCE_S):
+        while np.count_nonzero(blocks.any(axis=1)) < 4:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(0.001)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not store.sealed
+    sends[1].cancel()  # takes nothing from the other, which waits for the same
+    await asyncio.wait([sends[1]])
+    may_seal.set_result(True)
+    assert await sends[0] == 2
+    assert set(store.sealed) == set(keys[:2])
+    publish.close()
+    await mesh.close()
+    assert not store.reserved
+
+
+async def test_what_may_not_be_sealed_is_given_back(mesh: Mesh) -> None:
+    client = await mesh.started()
+    mesh.fill(3)
+    keys, loop = keys_of(3), asyncio.get_running_loop()
+    publish, (store,) = client.publish(keys), mesh.stores
+    await publish.reserve(Deadline(PATIENCE_S))
+    refused, late = loop.create_future(), loop.create_future()
+    refused.set_result(False)
+    assert await publish.send(0, [0], Deadline(PATIENCE_S), refused) == 0
+    assert await publish.send(1, [1], Deadline(0.2), late) == 0
+    assert not late.done()
+    publish.close()
+    await mesh.close()
+    assert not store.sealed and not store.reserved

@@ -50,6 +50,10 @@ class FakeStep:
     forward_s: float = 0.0
     sample_s: float = 0.0
     graph_rows: int | None = None
+    is_written: bool = False
+
+    def wait_written(self) -> bool:
+        return self.is_written
 
 
 class FakeRunner:
@@ -60,6 +64,8 @@ class FakeRunner:
         self.follows: list[list[int | None]] = []
         self.during_step: Callable[[], None] = lambda: None
         self.batch_lens: list[list[int]] = []
+        self.step: dict[str, bool] = {}  # what its steps say of themselves
+        self.failure: Exception | None = None  # of the next results
 
     def launch(self, chunks: list[Chunk], previous: Step | None) -> FakeStep:
         self.batch_lens.append([len(chunk.token_ids) for chunk in chunks])
@@ -73,10 +79,12 @@ class FakeRunner:
                 block = chunk.blocks[position // BLOCK_TOKENS]
                 self.cache.slots[block][position % BLOCK_TOKENS] = token
         self.during_step()
-        return FakeStep([self._sample(chunk) for chunk in chunks])
+        return FakeStep([self._sample(chunk) for chunk in chunks], **self.step)
 
     def results(self, step: Step) -> list[ChunkResult]:
         assert isinstance(step, FakeStep)
+        if self.failure is not None:
+            raise self.failure
         return step.results
 
     def _sample(self, chunk: Chunk) -> ChunkResult:

@@ -32,7 +32,10 @@ class Publishing:
     async def reserve(self, deadline: object) -> None:
         await self._reserved.wait()
 
-    async def send(self, first: int, block_ids: list[int], deadline: object) -> int:
+    async def send(
+        self, first: int, block_ids: list[int], deadline: object, may_seal: asyncio.Future[bool]
+    ) -> int:
+        await asyncio.shield(may_seal)
         return len(block_ids)
 
     def close(self) -> None:
