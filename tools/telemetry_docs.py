@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mesh.instruments import ALL, GATEWAY, OBSERVED, STORE, WORKERS
+from mesh.instruments import ALL, GATEWAY, OBSERVED, STEP_COUNTS, STEPS, STORE, WORKERS
 from mesh.metric import Metric
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "telemetry.md"
@@ -41,7 +41,8 @@ def render() -> str:
     parts = [_HEAD]
     titles = (
         ("Requests, at the gateway", GATEWAY),
-        ("Steps and transfers, at the workers", WORKERS),
+        ("Decode steps, at the ranks", {**STEPS, **STEP_COUNTS}),
+        ("Transfers, at the workers", WORKERS),
         ("Blocks, at kvstores and their clients", STORE),
         ("Observed when they are exported", OBSERVED),
     )

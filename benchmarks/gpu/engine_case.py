@@ -44,6 +44,7 @@ QWEN3_8B: dict[str, Any] = {
     "eos_token_id": 151645,
 }
 
+Listener = Callable[[StepOutcome], object]
 PARTS = ("forward_s", "sample_s", "gap_s", "schedule_s", "emit_s")
 """Of a step, as engine.sequence.StepOutcome has them."""
 
@@ -108,9 +109,15 @@ def run_engine(
     max_batch: int = 256,
     chunk_tokens: int = 8192,
     sampling: SamplingParams | None = None,
+    listener: Callable[[Engine], Listener] | None = None,
 ) -> Run:
-    """All prompts at once through the real engine, num_outputs tokens each."""
-    return asyncio.run(_run(runner, prompts, num_outputs, max_batch, chunk_tokens, sampling))
+    """All prompts at once through the real engine, num_outputs tokens each.
+
+    listener: makes what hears of each step before its time is taken.
+    """
+    return asyncio.run(
+        _run(runner, prompts, num_outputs, max_batch, chunk_tokens, sampling, listener)
+    )
 
 
 async def _run(
@@ -120,6 +127,7 @@ async def _run(
     max_batch: int,
     chunk_tokens: int,
     sampling: SamplingParams | None,
+    listener: Callable[[Engine], Listener] | None,
 ) -> Run:
     sequences = [
         Sequence(
@@ -135,6 +143,8 @@ async def _run(
     pool = BlockPool(runner.cache.num_blocks, runner.layout.block_tokens)
     scheduler = DecodeScheduler(max_batch=max_batch, chunk_tokens=chunk_tokens)
     engine = Engine(runner, pool, scheduler, watch.on_step, watch.on_failure)
+    if listener is not None:
+        watch.listener = listener(engine)
     # What is there now is not looked at again: a full collection would stop several steps.
     gc.collect()
     gc.freeze()
@@ -162,11 +172,13 @@ class _Watch:
         self.run = Run()
         self.done = asyncio.Event()
         self.failures: list[BaseException] = []
+        self.listener: Listener = lambda outcome: None
         self._sequences = sequences
         self._num_left = len(sequences)
 
     def on_step(self, outcome: StepOutcome) -> None:
         """Keeps numbers only: the objects of a step would make collections longer."""
+        self.listener(outcome)
         self.run.times.append(time.perf_counter())
         lengths = [len(sequence.output_token_ids) for sequence in self._sequences]
         self.run.counts.append((min(lengths), max(lengths)))
