@@ -60,12 +60,18 @@ class Exporters:
         self.port: PrometheusPort | None = None
         self._folds = folds
         self._tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
-        for name in plan.traces:
-            self._tracers.add_span_processor(
-                CountedSpans(self._span_exporter(name, plan), SPAN_DELAY_MS, self._link)
-            )
-        readers = [self._reader(name, plan) for name in plan.metrics]
-        self._meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
+        try:
+            for name in plan.traces:
+                self._tracers.add_span_processor(
+                    CountedSpans(self._span_exporter(name, plan), SPAN_DELAY_MS, self._link)
+                )
+            readers = [self._reader(name, plan) for name in plan.metrics]
+            self._meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
+        except BaseException:
+            self._tracers.shutdown()
+            if self.port is not None:
+                self.port.close()
+            raise
         self.tracer: Tracer = self._tracers.get_tracer("kvmesh")
         self.meter: Meter = self._meters.get_meter("kvmesh")
 

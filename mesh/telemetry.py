@@ -18,6 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from mesh.export_plan import ExportPlan
 from mesh.folds import Folds
 from mesh.instruments import OBSERVABLE, Instruments, Kind, declare, start_at_zero
+from mesh.process import StartupError
 
 if TYPE_CHECKING:
     from mesh.exporters import Exporters
@@ -51,14 +52,24 @@ class Telemetry:
 
     @classmethod
     def start(cls, *, role: str, incarnation: str, settings: ServiceSettings) -> Telemetry:
-        """Exports what the settings say; StartupError when the Prometheus port cannot be had."""
+        """Exports what the settings say; StartupError when the Prometheus port cannot be had.
+
+        Variables that only OpenTelemetry's SDK reads stop nothing: with one that it refuses nothing
+        is exported, and a warning says why.
+        """
         plan = ExportPlan.of(settings)
         if plan.is_empty:
             return cls.off()
         from mesh.exporters import Exporters  # loads the SDK, which nobody else needs
 
         folds = Folds()
-        exporters = Exporters(role=role, incarnation=incarnation, plan=plan, folds=folds)
+        try:
+            exporters = Exporters(role=role, incarnation=incarnation, plan=plan, folds=folds)
+        except StartupError:
+            raise
+        except Exception as error:  # of the SDK and its plug-ins, which raise what they like
+            log.warning("nothing is exported, OpenTelemetry does not start: %s", error)
+            return cls.off()
         telemetry = cls(exporters.tracer, exporters.meter, folds, exporters)
         start_at_zero(telemetry.instruments, role)
         telemetry.observe(

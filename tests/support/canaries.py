@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
-NUM_IDS = 6
+NUM_IDS = 8
 """So many token ids in a row are no chance."""
 _MIN_DIFFERENT = 4
 _TEXT_LEN = 10

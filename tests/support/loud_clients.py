@@ -40,7 +40,8 @@ class LoudClients:
         several = self._asker.request()
         several.sampling.num_sequences, several.output.logprobs = 3, 2
         for request in (text, chat, several):
-            self._canaries.add_ids("prompt", list(request.text.encode()))
+            for told in (request.text, *(m.content for m in request.chat.messages)):
+                self._canaries.add_ids("prompt", self._asker.token_ids(told))
             self._asker.ask(request)
         request = self._asker.request()
         for _ in range(2):

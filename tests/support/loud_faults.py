@@ -155,17 +155,13 @@ class LoudFaults:
         mesh, asker = self._mesh, self._asker
         asker.ask(asker.request())
         gates = [mesh.gate("gateway", process) for process in mesh.prefills]
-        sent = [message for gate in gates for message in gate.sent[PREFILL]]
-        for field in ("prompt", "sampling"):
-            prefill = prefill_pb2.PrefillRequest.FromString(sent[-1])
+        sent = [message for gate in gates for message in gate.sent[PREFILL]][-1]
+        broken, unfinished = (prefill_pb2.PrefillRequest.FromString(sent) for _ in range(2))
+        broken.prompt_token_ids[-1] = BAD_TOKEN
+        unfinished.ClearField("sequences")
+        for prefill in (broken, unfinished):
             prefill.tail_key = asker.rng.randbytes(32)
-            if field == "prompt":
-                prefill.prompt_token_ids[-1] = BAD_TOKEN
-            else:
-                prefill.sampling.temperature = -1
-            with contextlib.suppress(grpc.RpcError):
-                gates[0].send(PREFILL, prefill.SerializeToString())
-                raise AssertionError("a broken request was served")
+            assert _failure(mesh.prefills[0], prefill) is grpc.StatusCode.INTERNAL
         admit = decode_pb2.SessionRequest()
         admit.CopyFrom(mesh.sent("admit")[-1])
         admit.admit.prompt_token_ids[-1] = BAD_TOKEN
@@ -246,6 +242,15 @@ def _flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 16
     path.write_bytes(data)
+
+
+def _failure(process: Process, prefill: prefill_pb2.PrefillRequest) -> grpc.StatusCode:
+    """What a call of our own ends with."""
+    with grpc.insecure_channel(process.address) as channel:
+        call = channel.unary_stream(PREFILL)(prefill.SerializeToString(), timeout=30)
+        with contextlib.suppress(grpc.RpcError):
+            list(call)
+        return call.code()
 
 
 def _first_answer(rank: Process, command: decode_pb2.SessionRequest) -> decode_pb2.SessionResponse:

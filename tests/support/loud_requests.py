@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 
 from protos import gateway_pb2
 from tests.support.canaries import Canaries
@@ -29,12 +30,19 @@ class Asker:
         self.canaries = canaries
         self.rng = random.Random(6)
         self._num_salts = 0
+        # Answers are of letters alone: text that would be seen as such anywhere.
+        self._letters = self.token_ids(string.ascii_letters)
+
+    def token_ids(self, text: str) -> list[int]:
+        """Those of a text."""
+        return list(self.mesh.calls.Tokenize(gateway_pb2.TokenizeRequest(text=text)).token_ids)
 
     def request(self, num_tokens: int = 24, prompt_len: int = 200) -> Request:
         """Sampled, of a tenant of its own."""
         prompt = [self.rng.randrange(256) for _ in range(prompt_len)]
         seed = self.rng.randrange(2**32)
         request = sampled_request(self.canaries.add_ids("prompt", prompt), num_tokens, seed)
+        request.sampling.allowed_token_ids.extend(self._letters)
         self._num_salts += 1
         salt = f"zqTenantSecretCanary{self._num_salts:03d}e"
         request.cache_salt = self.canaries.add("tenant", salt)
