@@ -129,16 +129,7 @@ async def _run(
     sampling: SamplingParams | None,
     listener: Callable[[Engine], Listener] | None,
 ) -> Run:
-    sequences = [
-        Sequence(
-            key=index,
-            prompt_token_ids=prompt,
-            seeds=(index,),
-            sampling=sampling or SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_new_tokens=num_outputs),
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    sequences = _sequences(prompts, num_outputs, sampling or SamplingParams(temperature=0.0))
     watch = _Watch(sequences)
     pool = BlockPool(runner.cache.num_blocks, runner.layout.block_tokens)
     scheduler = DecodeScheduler(max_batch=max_batch, chunk_tokens=chunk_tokens)
@@ -163,6 +154,22 @@ async def _run(
     run.num_preemptions = scheduler.num_preemptions
     run.outputs = [sequence.output_token_ids for sequence in sequences]
     return run
+
+
+def _sequences(
+    prompts: list[list[int]], num_outputs: int, sampling: SamplingParams
+) -> list[Sequence]:
+    """One for each prompt."""
+    return [
+        Sequence(
+            key=index,
+            prompt_token_ids=prompt,
+            seeds=(index,),
+            sampling=sampling,
+            stopping=StoppingParams(max_new_tokens=num_outputs),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 class _Watch:

@@ -44,8 +44,8 @@ class LoudClients:
                 self._canaries.add_ids("prompt", self._asker.token_ids(told))
             self._asker.ask(request)
         request = self._asker.request()
-        for _ in range(2):
-            tokens = self._asker.ask(request).tokens[0]
+        self._asker.ask(request)
+        tokens = self._asker.ask(request).tokens[0]
         request.stopping.stop_token_ids.append(tokens[5])
         self._asker.ask(request)
         self._mesh.watch_page()

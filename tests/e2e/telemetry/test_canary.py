@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -59,10 +60,9 @@ def test_a_planted_secret_is_found_in_each_signal(loud_run: LoudRun, kind: str) 
         lambda text: base64.urlsafe_b64encode(b"??" + text.encode()).decode(),
     ],
 )
-def test_a_text_is_found_in_every_form(hide: object) -> None:
+def test_a_text_is_found_in_every_form(hide: Callable[[str], str]) -> None:
     canaries = Canaries()
     canaries.add("prompt", "zq~Canary>>?of 1")
-    assert callable(hide)
     assert canaries.find({"here": f"before {hide('zq~Canary>>?of 1')} behind"})
     assert not canaries.find({"here": hide("zq~Another>>?of 2")})
 
