@@ -62,9 +62,12 @@ class Meter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """Seconds of the mean step and of the median call of the meter; every sequence's tokens."""
+    """Seconds of the mean step, by the wall and of this process's CPUs, and of the median call of
+    the meter; every sequence's tokens.
+    """
 
     step_s: float
+    cpu_s: float
     meter_s: float
     outputs: list[list[int]]
 
@@ -138,9 +141,12 @@ def turn(
         return meters[0].on_step
 
     with telemetry as told:
+        began_s = time.process_time()
         done = run(listener=listener)
+        cpu_s = time.process_time() - began_s
     return Turn(
         step_s=done.step_s(2, num_outputs),
+        cpu_s=cpu_s / len(done.times),
         meter_s=statistics.median(meters[0].times),
         outputs=done.outputs,
     )
@@ -149,7 +155,7 @@ def turn(
 def case(
     runner: CudaRunner | ModelRunner, device: str, num_streams: int, num_outputs: int, rounds: int
 ) -> dict[str, object]:
-    """One row of the result."""
+    """One row of the result; RuntimeError when tokens depend on telemetry."""
     prompts = prompts_of(num_streams, PROMPT_LEN, runner.config.vocab_size)
 
     def run(**options: Any) -> Run:
@@ -168,24 +174,31 @@ def case(
         raise RuntimeError("tokens depend on telemetry")
     on = [one for one, is_on in zip(turns, order, strict=True) if is_on]
     off = [one for one, is_on in zip(turns, order, strict=True) if not is_on]
+    row = {"device": device, "streams": num_streams, **compare(on, off, MUST[device])}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def compare(on: list[Turn], off: list[Turn], must: float) -> dict[str, object]:
+    """Costs of neighbours, and the medians of both kinds of turns."""
     costs = sorted(a.step_s / b.step_s - 1 for a, b in zip(on, off, strict=True))
+    cpu_costs = [a.cpu_s / b.cpu_s - 1 for a, b in zip(on, off, strict=True)]
     cost = statistics.median(costs)
     quarter = len(costs) // 4
-    row: dict[str, object] = {
-        "device": device,
-        "streams": num_streams,
-        "turns": len(turns),
+    return {
+        "turns": len(on) + len(off),
         "step_off_ms": round(statistics.median(t.step_s for t in off) * 1e3, 4),
         "step_on_ms": round(statistics.median(t.step_s for t in on) * 1e3, 4),
         "meter_off_us": round(statistics.median(t.meter_s for t in off) * 1e6, 2),
         "meter_on_us": round(statistics.median(t.meter_s for t in on) * 1e6, 2),
+        "cpu_off_ms": round(statistics.median(t.cpu_s for t in off) * 1e3, 4),
+        "cpu_on_ms": round(statistics.median(t.cpu_s for t in on) * 1e3, 4),
+        "cpu_cost": round(statistics.median(cpu_costs), 5),
         "cost": round(cost, 5),
         "cost_quartiles": [round(costs[quarter], 5), round(costs[-1 - quarter], 5)],
-        "must": MUST[device],
-        "ok": cost <= MUST[device],
+        "must": must,
+        "ok": cost <= must,
     }
-    print(json.dumps(row), flush=True)
-    return row
 
 
 def load(device: str) -> CudaRunner | ModelRunner:
