@@ -39,18 +39,28 @@ REUSE = Row(
             "Where lookups found the blocks they asked for; a miss is computed.",
             Look.SHARES,
             query(share("kv_lookup_blocks", by="result"), "{{result}}"),
+            width=6,
         ),
         panel(
             "Blocks looked up",
             "By where they were.",
             Look.STACKED,
             query(rate("kv_lookup_blocks", by="result"), "{{result}}"),
+            width=6,
         ),
         panel(
             "Prompt tokens",
             "Whose KV was found, or had to be computed.",
             Look.STACKED,
             query(rate("kv_prefix_tokens", by="result"), "{{result}}"),
+            width=6,
+        ),
+        panel(
+            "Prompts pulled ahead",
+            "While prefill computes the last chunk: used, in vain, or refused for want of memory.",
+            Look.STACKED,
+            query(rate("kv_prefetches", by="result"), "{{result}}"),
+            width=6,
         ),
     ),
 )

@@ -43,7 +43,7 @@ NOW = Row(
         number(
             "Ready",
             "Instances that the gateway gives work to; a store is one that answers it.",
-            level("peer_state", unit=promql.NUMBER, by="role", state="ready"),
+            level("peer_state", by="role", state="ready"),
             "{{role}}",
         ),
     ),
@@ -153,7 +153,7 @@ MESH = Row(
             "Peers by state",
             "The gateway sees ready or not; workers see how their connections to stores are.",
             Look.STACKED,
-            query(level("peer_state", unit=promql.NUMBER, by="role, state"), "{{role}} {{state}}"),
+            query(level("peer_state", by="role, state"), "{{role}} {{state}}"),
             width=12,
         ),
         panel(

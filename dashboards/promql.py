@@ -40,11 +40,11 @@ def exported_name(metric: Metric) -> str:
     return f"{name}_total" if metric.kind in _COUNTED else name
 
 
-def level(key: str, *, by: str = "", unit: str = "", **where: Where) -> Expression:
+def level(key: str, *, by: str = "", **where: Where) -> Expression:
     """The sum over instances of a gauge, or of a counter since its processes started."""
     metric = ALL[key]
     text = f"sum{_grouped(metric, by)} ({_series(metric, '', where)})"
-    return Expression(text=text, unit=unit or _unit(metric))
+    return Expression(text=text, unit=_unit(metric))
 
 
 def rate(key: str, *, by: str = "", **where: Where) -> Expression:

@@ -29,6 +29,8 @@ from opentelemetry.trace import Tracer
 
 from mesh.export_plan import ExportPlan
 from mesh.export_watch import CountedSpans, Link, watched
+from mesh.folded_readers import folded
+from mesh.folds import Folds
 from mesh.prometheus_port import PrometheusPort
 
 log = logging.getLogger("kvmesh.telemetry")
@@ -43,7 +45,7 @@ _MODULES = {
 class Exporters:
     """Tracer and meter of one process. StartupError: the Prometheus port cannot be had."""
 
-    def __init__(self, *, role: str, incarnation: str, plan: ExportPlan) -> None:
+    def __init__(self, *, role: str, incarnation: str, plan: ExportPlan, folds: Folds) -> None:
         # The SDK reports every failed export and every dropped span; `Link` reports once.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         ours = {
@@ -56,13 +58,20 @@ class Exporters:
         self._link = Link(plan.endpoint or "of the default address")
         self._closers: list[Callable[[], None]] = []
         self.port: PrometheusPort | None = None
+        self._folds = folds
         self._tracers = TracerProvider(resource=resource, shutdown_on_exit=False)
-        for name in plan.traces:
-            self._tracers.add_span_processor(
-                CountedSpans(self._span_exporter(name, plan), SPAN_DELAY_MS, self._link)
-            )
-        readers = [self._reader(name, plan) for name in plan.metrics]
-        self._meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
+        try:
+            for name in plan.traces:
+                self._tracers.add_span_processor(
+                    CountedSpans(self._span_exporter(name, plan), SPAN_DELAY_MS, self._link)
+                )
+            readers = [self._reader(name, plan) for name in plan.metrics]
+            self._meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
+        except BaseException:
+            self._tracers.shutdown()
+            if self.port is not None:
+                self.port.close()
+            raise
         self.tracer: Tracer = self._tracers.get_tracer("kvmesh")
         self.meter: Meter = self._meters.get_meter("kvmesh")
 
@@ -94,14 +103,14 @@ class Exporters:
 
     def _reader(self, name: str, plan: ExportPlan) -> MetricReader:
         if name == "prometheus":
-            self.port = PrometheusPort(plan.metrics_host, plan.metrics_port)
+            self.port = PrometheusPort(plan.metrics_host, plan.metrics_port, self._folds)
             return self.port.reader
         if name == "console":
             exporter: Any = ConsoleMetricExporter(out=sys.stderr)
         else:
             kind = watched(_otlp_class(plan, "metric_exporter", "OTLPMetricExporter"), self._link)
             exporter = self._opened(kind(**_otlp_options(plan, "metrics")))
-        return PeriodicExportingMetricReader(
+        return folded(PeriodicExportingMetricReader, self._folds)(
             exporter, plan.interval_ms, export_timeout_millis=EXPORT_TIMEOUT_S * 1000
         )
 

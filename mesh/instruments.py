@@ -7,6 +7,7 @@ from this module (`make docs`).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 
 from opentelemetry.metrics import Counter, Histogram, Meter
@@ -77,7 +78,7 @@ GATEWAY = {
         reason=ERROR_REASON,
     ),
 }
-WORKERS = {
+STEPS = {
     "decode_step_tokens": histogram(
         "kvmesh.decode.step.tokens", "{token}", "tokens a decode step delivered", buckets.COUNTS
     ),
@@ -103,27 +104,38 @@ WORKERS = {
         "between two tokens of the sequences that two consecutive steps share; once a step",
         buckets.PER_TOKEN_S,
     ),
-    "decode_tokens": counter(
+}
+"""Histograms that are folded (mesh/folds.py), once a step."""
+STEP_COUNTS = {
+    "decode_tokens": observed(
         "kvmesh.decode.tokens",
         "{token}",
         "tokens computed: delivered, sampled for a sequence that was cancelled, sampled after a "
         "stop, or computed again after a preemption, a resume or a short pull",
+        Kind.OBSERVED_COUNTER,
         disposition=DISPOSITIONS,
     ),
-    "decode_padding": counter(
+    "decode_padding": observed(
         "kvmesh.decode.step.padding",
         "{slot}",
         "slots of a step that only filled up a CUDA graph's batch",
+        Kind.OBSERVED_COUNTER,
     ),
-    "decode_graphs": counter(
+    "decode_graphs": observed(
         "kvmesh.decode.step.graphs",
         "{step}",
         "steps that replayed a CUDA graph (hit) or launched kernels one by one (miss)",
+        Kind.OBSERVED_COUNTER,
         result=("hit", "miss"),
     ),
-    "decode_preemptions": counter(
-        "kvmesh.decode.preemptions", "{sequence}", "sequences that lost their blocks to others"
+    "decode_preemptions": observed(
+        "kvmesh.decode.preemptions",
+        "{sequence}",
+        "sequences that lost their blocks to others",
+        Kind.OBSERVED_COUNTER,
     ),
+}
+WORKERS = {
     "kv_transfer_duration": histogram(
         "kvmesh.kv.transfer.duration",
         "s",
@@ -142,6 +154,13 @@ WORKERS = {
         "{token}",
         "prompt tokens whose KV was found or had to be computed",
         result=("hit", "computed"),
+    ),
+    "kv_prefetches": counter(
+        "kvmesh.kv.prefetches",
+        "{pull}",
+        "prompts pulled before their request was admitted: used by it, pulled in vain, or refused "
+        "because the rank had no memory to spare",
+        result=("used", "wasted", "refused"),
     ),
 }
 STORE = {
@@ -193,8 +212,8 @@ OBSERVED = {
     ),
     "peer_state": observed(
         "kvmesh.peer.state",
-        "1",
-        "1 for the state that a process sees a peer in, by role; number of peers",
+        "{peer}",
+        "peers in the state that a process sees them in",
         role=ROLES,
         state=("ready", "not_ready", "connecting", "up", "down", "leaving"),
     ),
@@ -213,12 +232,20 @@ OBSERVED = {
     ),
 }
 RECORDED = {**GATEWAY, **WORKERS, **STORE}
-ALL = {**RECORDED, **OBSERVED}
+OBSERVABLE = {**STEP_COUNTS, **OBSERVED}
+ALL = {**RECORDED, **STEPS, **OBSERVABLE}
+COUNTED = {
+    "gateway": ("requests",),
+    "prefill": ("kv_transfer_io", "kv_prefix_tokens", "kv_verify_failures"),
+    "decode": ("kv_transfer_io", "kv_verify_failures", "kv_prefetches"),
+    "kvstore": ("kv_transfer_io", "kv_verify_failures", "kv_tier_blocks", "kv_lookup_blocks"),
+}
+"""Counters that a role's processes have from the start, at 0: a rate sees their first event."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instruments:
-    """All instruments but the observed ones; real or no-op objects, by the meter they came from."""
+    """All that are neither folded nor observed; real or no-op, by the meter they came from."""
 
     time_to_first_token: Histogram
     time_per_output_token: Histogram
@@ -228,19 +255,10 @@ class Instruments:
     requests: Counter
     requests_rejected: Counter
     retries: Counter
-    decode_step_tokens: Histogram
-    decode_step_duration: Histogram
-    decode_step_sequences: Histogram
-    decode_step_part_duration: Histogram
-    decode_step_gap: Histogram
-    decode_inter_token: Histogram
-    decode_tokens: Counter
-    decode_padding: Counter
-    decode_graphs: Counter
-    decode_preemptions: Counter
     kv_transfer_duration: Histogram
     kv_transfer_io: Counter
     kv_prefix_tokens: Counter
+    kv_prefetches: Counter
     kv_verify_failures: Counter
     kv_tier_blocks: Counter
     kv_lookup_blocks: Counter
@@ -263,3 +281,11 @@ def declare(meter: Meter) -> Instruments:
         entry.name: make(RECORDED[entry.name]) for entry in fields(Instruments)
     }
     return Instruments(**made)  # pyright: ignore[reportArgumentType] - the table says which is what
+
+
+def start_at_zero(instruments: Instruments, role: str) -> None:
+    """Makes every series of the role's counters, for each value of their closed attributes."""
+    for key in COUNTED.get(role, ()):
+        attributes = RECORDED[key].attributes
+        for values in itertools.product(*attributes.values()):
+            getattr(instruments, key).add(0, dict(zip(attributes, values, strict=True)))

@@ -6,15 +6,18 @@ import threading
 from wsgiref.simple_server import WSGIServer
 
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
 from prometheus_client import CollectorRegistry, start_http_server
 
+from mesh.folded_readers import folded
+from mesh.folds import Folds
 from mesh.process import StartupError
 
 
 class PrometheusPort:
     """Serves until `close`. `port` is the one it got; 0 asks for any. StartupError: it is taken."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, folds: Folds) -> None:
         registry = CollectorRegistry()
         self._server: WSGIServer
         self._thread: threading.Thread
@@ -25,7 +28,8 @@ class PrometheusPort:
                 f"cannot serve metrics on {host}:{port} (--metrics-port): {error.strerror or error}"
             ) from error
         self.port: int = self._server.server_port
-        self.reader = PrometheusMetricReader(scope_info_enabled=False, registry=registry)
+        reader = folded(PrometheusMetricReader, folds)
+        self.reader: MetricReader = reader(scope_info_enabled=False, registry=registry)
 
     def close(self) -> None:
         """Stops listening."""

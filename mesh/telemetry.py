@@ -16,7 +16,9 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from mesh.export_plan import ExportPlan
-from mesh.instruments import OBSERVED, Instruments, Kind, declare
+from mesh.folds import Folds
+from mesh.instruments import OBSERVABLE, Instruments, Kind, declare, start_at_zero
+from mesh.process import StartupError
 
 if TYPE_CHECKING:
     from mesh.exporters import Exporters
@@ -33,25 +35,43 @@ class Telemetry:
 
     tracer: trace.Tracer
     instruments: Instruments
+    folds: Folds
 
     def __init__(
-        self, tracer: trace.Tracer, meter: Meter, exporters: Exporters | None = None
+        self,
+        tracer: trace.Tracer,
+        meter: Meter,
+        folds: Folds,
+        exporters: Exporters | None = None,
     ) -> None:
         self.tracer = tracer
         self.instruments = declare(meter)
+        self.folds = folds
         self._meter = meter
         self._exporters = exporters
 
     @classmethod
     def start(cls, *, role: str, incarnation: str, settings: ServiceSettings) -> Telemetry:
-        """Exports what the settings say; StartupError when the Prometheus port cannot be had."""
+        """Exports what the settings say; StartupError when the Prometheus port cannot be had.
+
+        Variables that only OpenTelemetry's SDK reads stop nothing: with one that it refuses nothing
+        is exported, and a warning says why.
+        """
         plan = ExportPlan.of(settings)
         if plan.is_empty:
             return cls.off()
         from mesh.exporters import Exporters  # loads the SDK, which nobody else needs
 
-        exporters = Exporters(role=role, incarnation=incarnation, plan=plan)
-        telemetry = cls(exporters.tracer, exporters.meter, exporters)
+        folds = Folds()
+        try:
+            exporters = Exporters(role=role, incarnation=incarnation, plan=plan, folds=folds)
+        except StartupError:
+            raise
+        except Exception as error:  # of the SDK and its plug-ins, which raise what they like
+            log.warning("nothing is exported, OpenTelemetry does not start: %s", error)
+            return cls.off()
+        telemetry = cls(exporters.tracer, exporters.meter, folds, exporters)
+        start_at_zero(telemetry.instruments, role)
         telemetry.observe(
             "telemetry_dropped",
             lambda: [(n, {"signal": s}) for s, n in exporters.num_dropped().items()],
@@ -63,7 +83,7 @@ class Telemetry:
     @classmethod
     def off(cls) -> Telemetry:
         """No-op objects; trace context still passes through."""
-        return cls(trace.NoOpTracer(), metrics.NoOpMeter("kvmesh"))
+        return cls(trace.NoOpTracer(), metrics.NoOpMeter("kvmesh"), Folds())
 
     @property
     def is_enabled(self) -> bool:
@@ -77,12 +97,12 @@ class Telemetry:
         return port.port if port else None
 
     def observe(self, name: str, callback: Callable[[], Observed]) -> None:
-        """Registers the source of an observed instrument (a field of `mesh.instruments.OBSERVED`).
+        """Registers the source of an observed instrument (a key of `mesh.instruments.OBSERVABLE`).
 
         The callback gives (value, attributes) pairs, once per export, on the exporter's thread: it
         may read counters, nothing more.
         """
-        metric = OBSERVED[name]
+        metric = OBSERVABLE[name]
 
         def observe(_: CallbackOptions) -> list[Observation]:
             return [Observation(value, attributes) for value, attributes in callback()]

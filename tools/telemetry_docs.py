@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mesh.instruments import ALL, GATEWAY, OBSERVED, STORE, WORKERS
+from mesh.instruments import ALL, GATEWAY, OBSERVED, STEP_COUNTS, STEPS, STORE, WORKERS
 from mesh.metric import Metric
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "telemetry.md"
@@ -29,7 +29,11 @@ flags of the same meaning are both understood; nothing is exported unless one of
 
 `kvmesh up --metrics-port 9464` gives the gateway that port, and kvstores, prefills and decodes the ones behind it.
 A receiver that is absent, slow or refusing changes neither start-up nor latency; what it costs is
-counted in `kvmesh.telemetry.dropped`. No prompt, token or secret is in any signal.
+counted in `kvmesh.telemetry.dropped`. A value that OpenTelemetry's SDK refuses stops no process: it
+exports nothing and warns. No prompt, token or secret is in any signal.
+
+Counters with closed attributes are there at 0 from the start. Histograms of decode steps are always
+cumulative, whatever `OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE` says.
 
 Prometheus writes the names with underscores and the unit behind: `kvmesh.decode.step.duration` is
 `kvmesh_decode_step_duration_seconds`.
@@ -41,7 +45,8 @@ def render() -> str:
     parts = [_HEAD]
     titles = (
         ("Requests, at the gateway", GATEWAY),
-        ("Steps and transfers, at the workers", WORKERS),
+        ("Decode steps, at the ranks", {**STEPS, **STEP_COUNTS}),
+        ("Transfers, at the workers", WORKERS),
         ("Blocks, at kvstores and their clients", STORE),
         ("Observed when they are exported", OBSERVED),
     )

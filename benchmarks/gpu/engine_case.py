@@ -44,6 +44,7 @@ QWEN3_8B: dict[str, Any] = {
     "eos_token_id": 151645,
 }
 
+Listener = Callable[[StepOutcome], object]
 PARTS = ("forward_s", "sample_s", "gap_s", "schedule_s", "emit_s")
 """Of a step, as engine.sequence.StepOutcome has them."""
 
@@ -108,9 +109,15 @@ def run_engine(
     max_batch: int = 256,
     chunk_tokens: int = 8192,
     sampling: SamplingParams | None = None,
+    listener: Callable[[Engine], Listener] | None = None,
 ) -> Run:
-    """All prompts at once through the real engine, num_outputs tokens each."""
-    return asyncio.run(_run(runner, prompts, num_outputs, max_batch, chunk_tokens, sampling))
+    """All prompts at once through the real engine, num_outputs tokens each.
+
+    listener: makes what hears of each step before its time is taken.
+    """
+    return asyncio.run(
+        _run(runner, prompts, num_outputs, max_batch, chunk_tokens, sampling, listener)
+    )
 
 
 async def _run(
@@ -120,21 +127,15 @@ async def _run(
     max_batch: int,
     chunk_tokens: int,
     sampling: SamplingParams | None,
+    listener: Callable[[Engine], Listener] | None,
 ) -> Run:
-    sequences = [
-        Sequence(
-            key=index,
-            prompt_token_ids=prompt,
-            seeds=(index,),
-            sampling=sampling or SamplingParams(temperature=0.0),
-            stopping=StoppingParams(max_new_tokens=num_outputs),
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    sequences = _sequences(prompts, num_outputs, sampling or SamplingParams(temperature=0.0))
     watch = _Watch(sequences)
     pool = BlockPool(runner.cache.num_blocks, runner.layout.block_tokens)
     scheduler = DecodeScheduler(max_batch=max_batch, chunk_tokens=chunk_tokens)
     engine = Engine(runner, pool, scheduler, watch.on_step, watch.on_failure)
+    if listener is not None:
+        watch.listener = listener(engine)
     # What is there now is not looked at again: a full collection would stop several steps.
     gc.collect()
     gc.freeze()
@@ -155,6 +156,22 @@ async def _run(
     return run
 
 
+def _sequences(
+    prompts: list[list[int]], num_outputs: int, sampling: SamplingParams
+) -> list[Sequence]:
+    """One for each prompt."""
+    return [
+        Sequence(
+            key=index,
+            prompt_token_ids=prompt,
+            seeds=(index,),
+            sampling=sampling,
+            stopping=StoppingParams(max_new_tokens=num_outputs),
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
 class _Watch:
     """Notes what every step did until all sequences are over, or one has failed."""
 
@@ -162,11 +179,13 @@ class _Watch:
         self.run = Run()
         self.done = asyncio.Event()
         self.failures: list[BaseException] = []
+        self.listener: Listener = lambda outcome: None
         self._sequences = sequences
         self._num_left = len(sequences)
 
     def on_step(self, outcome: StepOutcome) -> None:
         """Keeps numbers only: the objects of a step would make collections longer."""
+        self.listener(outcome)
         self.run.times.append(time.perf_counter())
         lengths = [len(sequence.output_token_ids) for sequence in self._sequences]
         self.run.counts.append((min(lengths), max(lengths)))

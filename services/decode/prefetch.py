@@ -1,7 +1,7 @@
 """A prompt's KV pulled before its request is admitted, while prefill computes the last chunk.
 
-Owns the blocks until an admission takes them. Never waits for memory and never answers: whoever
-finds less than the whole prompt here pulls anew.
+Owns the blocks until an admission takes them, and the count of what came of it. Never waits for
+memory and never answers: whoever finds less than the whole prompt here pulls anew.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Prefetch:
         self._worker = worker
         self._command = command
         self._blocks = blocks
+        self._is_over = False
         self._pulling = asyncio.ensure_future(self._pull())
         self._pulling.add_done_callback(self._on_pulled)
         self._expiry = asyncio.get_running_loop().call_later(PREFETCH_S, on_expired)
@@ -59,11 +60,13 @@ class Prefetch:
         if not await self._pulling:
             return []
         blocks, self._blocks = self._blocks, []
+        self._end("used")
         return blocks
 
     def close(self) -> None:
         """Frees what was not taken; what a late READ may still write stays in quarantine."""
         self._expiry.cancel()
+        self._end("wasted")
         if not self._pulling.cancel():  # else they are free when it has ended
             self._release()
 
@@ -71,6 +74,12 @@ class Prefetch:
         """Asserts that it holds references to its blocks."""
         for block in self._blocks:
             assert self._worker.pool.num_refs(block) > 0, f"prefetched block {block} is free"
+
+    def _end(self, result: str) -> None:
+        """Counts it, the first time."""
+        if not self._is_over:
+            self._is_over = True
+            self._worker.telemetry.instruments.kv_prefetches.add(1, {"result": result})
 
     async def _pull(self) -> bool:
         """Whether the whole prompt's KV is here now."""

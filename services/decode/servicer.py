@@ -28,7 +28,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._worker = worker
         self._sessions: dict[int, Session] = {}
         self._ids = itertools.count(1)
-        self._meter = StepMeter(worker.engine, worker.telemetry.instruments)
+        self._meter = StepMeter(worker.engine, worker.telemetry)
         worker.listeners.append(self._on_step)
         worker.reporters.append(self._report)
         worker.failure_listeners.append(self._on_failure)

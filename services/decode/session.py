@@ -165,7 +165,9 @@ class Session:
             return
         num_blocks = worker.pool.num_blocks_for(num_tokens)
         blocks = worker.engine.allocate_now(num_blocks, command.priority)
-        if blocks is not None:
+        if blocks is None:
+            worker.telemetry.instruments.kv_prefetches.add(1, {"result": "refused"})
+        else:
             expire = functools.partial(self._cancel, handle, None)
             self._prefetches[handle] = Prefetch(worker, command, blocks, expire)
 

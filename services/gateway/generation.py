@@ -66,7 +66,8 @@ class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
             model = self._backend.router.model
             valid = validate(request, model)
         except KvmeshError as error:
-            rejected = self._backend.telemetry.instruments.requests_rejected
-            rejected.add(1, {"reason": error.reason})
+            instruments = self._backend.telemetry.instruments
+            instruments.requests_rejected.add(1, {"reason": error.reason})
+            ledger.record(instruments, "rejected", [])
             raise
         return valid.request_id, Request(valid, model, self._backend, ledger)

@@ -108,6 +108,7 @@ UNITS = (
     (r"rate\(kvmesh_(\w+_)?tokens_total", "suffix: tokens/s"),
     (r"rate\(kvmesh_requests_total", "suffix: requests/s"),
     (r"rate\(kvmesh_kv_(lookup_blocks|evictions|tier_blocks)_total", "suffix: blocks/s"),
+    (r"rate\(kvmesh_kv_prefetches_total", "suffix: pulls/s"),
     (r"rate\(kvmesh_decode_step_duration_seconds_count", "suffix: steps/s"),
     (r"rate\(kvmesh_kv_transfer_duration_seconds_count", "suffix: transfers/s"),
     (r"kvmesh_gpu_utilization", "percentunit"),

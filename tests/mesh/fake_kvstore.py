@@ -13,6 +13,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from mesh.errors import FailedPrecondition, Unavailable
+from mesh.folds import Folds
 from mesh.kvstore_agent import agent_to_wire
 from mesh.kvstore_client import KvStoreClient, PullResult
 from mesh.server import ServiceServer
@@ -188,7 +189,7 @@ class Mesh:
         self.held: list[tuple[list[int], Settled]] = []
         self.reader = InMemoryMetricReader()
         meters = MeterProvider([self.reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"))
+        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"), Folds())
         self._servers: dict[str, ServiceServer] = {}
         self._clients: list[KvStoreClient] = []
 

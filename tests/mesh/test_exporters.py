@@ -100,12 +100,12 @@ def test_a_signals_own_endpoint_beats_the_shared_one() -> None:
 def test_prometheus_can_scrape_what_is_recorded() -> None:
     telemetry = start(metrics_port=0)
     try:
-        telemetry.instruments.decode_step_tokens.record(5)
-        telemetry.instruments.decode_tokens.add(5, {"disposition": "delivered"})
+        telemetry.folds.series("decode_step_tokens").record(5)
+        telemetry.instruments.kv_prefix_tokens.add(5, {"result": "hit"})
         telemetry.observe("kv_blocks", lambda: [(7, {"state": "sealed", "tier": "memory"})])
         text = scrape(telemetry)
         assert 'kvmesh_decode_step_tokens_bucket{le="8.0"} 1.0' in text
-        assert 'kvmesh_decode_tokens_total{disposition="delivered"} 5.0' in text
+        assert 'kvmesh_kv_prefix_tokens_total{result="hit"} 5.0' in text
         assert 'kvmesh_kv_blocks{state="sealed",tier="memory"} 7.0' in text
         assert 'service_name="kvmesh-toy"' in text
     finally:

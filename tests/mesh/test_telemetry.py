@@ -124,10 +124,11 @@ async def test_a_failed_call_says_so_on_its_span(
 
 async def test_metrics_arrive_while_the_process_lives(receiver: OtlpReceiver) -> None:
     telemetry = start("decode", receiver.endpoint, interval_ms=100)
-    telemetry.instruments.decode_step_tokens.record(7)
+    steps = telemetry.folds.series("decode_step_tokens")
+    steps.record(7)
     name = "kvmesh.decode.step.tokens"
     await receiver.wait_for(lambda: bool(receiver.metric_points(name)), WAIT_S)
-    telemetry.instruments.decode_step_tokens.record(9)
+    steps.record(9)
     await receiver.wait_for(lambda: receiver.metric_points(name)[-1].count == 2, WAIT_S)
     point = receiver.metric_points(name)[-1]
     assert point.sum == 16 and point.bounds[0] == 1.0 and point.bounds[-1] == 8192.0
@@ -155,7 +156,7 @@ def test_close_flushes_every_instrument_with_its_attributes(receiver: OtlpReceiv
 async def test_without_an_endpoint_nothing_runs_and_traces_pass_through() -> None:
     before = threading.active_count()
     telemetry = no_telemetry()
-    telemetry.instruments.decode_tokens.add(1, {"disposition": "kept"})
+    telemetry.instruments.requests.add(1, {"state": "completed"})
     telemetry.observe("kv_blocks", lambda: [])
     assert threading.active_count() == before and not telemetry.is_enabled
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -5,10 +5,11 @@ Owns the gates; knows where each phase of a request can be held. Bytes of KV nev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -54,16 +55,25 @@ class Holds:
 class GatedMesh(Mesh):
     """Two prefills, two decode ranks, one kvstore; what nobody ends by itself expires soon."""
 
-    def __init__(self, model: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        env: dict[str, str] | None = None,
+        *,
+        worker_flags: Sequence[str] = (),
+        store_flags: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         self.gates: dict[tuple[str, str], Gate] = {}
         self.clock = Clock(model)
         super().__init__(
             model,
             num_prefill=2,
             num_decode=2,
-            worker_flags=("--chunk-tokens", "64"),
-            store_flags=("--private-ttl-s", "10", "--quarantine-s", "2"),
+            worker_flags=("--chunk-tokens", "64", *worker_flags),
+            store_flags=("--private-ttl-s", "10", "--quarantine-s", "2", *store_flags),
             env={**self.clock.env, **(env or {})},
+            **options,
         )
 
     def route(self, user: str, process: Process) -> str:

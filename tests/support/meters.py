@@ -8,6 +8,8 @@ from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from mesh.folded_readers import folded
+from mesh.folds import Folds
 from mesh.telemetry import Telemetry
 
 
@@ -15,9 +17,10 @@ class Meters:
     """`telemetry` records; `totals` and `observed` tell what."""
 
     def __init__(self) -> None:
-        self._reader = InMemoryMetricReader()
+        folds = Folds()
+        self._reader: InMemoryMetricReader = folded(InMemoryMetricReader, folds)()
         meters = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"))
+        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"), folds)
 
     def totals(self, name: str) -> Counter[tuple[str, ...]]:
         """Of a metric, by the values of its attributes; of a histogram its sums."""

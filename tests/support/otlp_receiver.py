@@ -63,6 +63,7 @@ class OtlpReceiver:
 
     spans: list[ReceivedSpan] = field(default_factory=list)
     points: list[MetricPoint] = field(default_factory=list)
+    exports: list[str] = field(default_factory=list)  # all of each export, as text
     endpoint: str = ""
 
     def __post_init__(self) -> None:
@@ -107,9 +108,10 @@ class OtlpReceiver:
         """`wait_until` for a coroutine; the predicate runs on another thread."""
         await asyncio.to_thread(self.wait_until, predicate, timeout_s)
 
-    def keep(self, spans: list[ReceivedSpan], points: list[MetricPoint]) -> None:
+    def keep(self, export: str, spans: list[ReceivedSpan], points: list[MetricPoint]) -> None:
         """Adds what one export brought."""
         with self._arrived:
+            self.exports.append(export)
             self.spans.extend(spans)
             self.points.extend(points)
             self._arrived.notify_all()
@@ -140,7 +142,7 @@ class _TraceServicer(trace_service_pb2_grpc.TraceServiceServicer):
             for scope in group.scope_spans
             for span in scope.spans
         ]
-        self._receiver.keep(spans, [])
+        self._receiver.keep(str(request), spans, [])
         return trace_service_pb2.ExportTraceServiceResponse()
 
 
@@ -159,7 +161,7 @@ class _MetricsServicer(metrics_service_pb2_grpc.MetricsServiceServicer):
             for metric in scope.metrics
             for point in _points(metric, resource)
         ]
-        self._receiver.keep([], points)
+        self._receiver.keep(str(request), [], points)
         return metrics_service_pb2.ExportMetricsServiceResponse()
 
 

@@ -15,7 +15,7 @@ from services.decode.session import Session
 from services.worker import Worker
 from services.worker_settings import WorkerSettings
 from tests.mesh.fake_transfer import CopyTransfer, Network
-from tests.support.toy_service import no_telemetry
+from tests.support.meters import Meters
 
 NUM_BLOCKS = 8
 PROMPT = list(range(100, 230))  # two blocks of 64 tokens, and a tail
@@ -58,12 +58,13 @@ class Rank:
     """A session over an engine that runs, and what a gateway says to it."""
 
     def __init__(self, model: Path) -> None:
+        self.meters = Meters()
         self.worker = Worker(
             settings=WorkerSettings(model=model),
             runner=ModelRunner.load(model, device="cpu", dtype="fp32", num_blocks=NUM_BLOCKS),
             scheduler=DecodeScheduler(max_batch=4, chunk_tokens=256),
             transfer=CopyTransfer(Network(), "worker", 1),  # type: ignore[arg-type]
-            telemetry=no_telemetry(),
+            telemetry=self.meters.telemetry,
             incarnation="1",
             fingerprint=b"f",
         )
@@ -77,6 +78,11 @@ class Rank:
         for item in outcome.items:
             self.session.on_item(item)
         self.session.flush()
+
+    def prefetches(self) -> dict[str, float]:
+        """What came of those so far."""
+        totals = self.meters.totals("kvmesh.kv.prefetches")
+        return {result: total for (result,), total in totals.items()}
 
     @property
     def num_free(self) -> int:

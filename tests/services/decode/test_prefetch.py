@@ -44,6 +44,7 @@ async def test_an_admission_uses_what_was_prefetched(rank: Rank, is_written_firs
     assert await rank.answer() == (len(PROMPT), 2)
     assert rank.store.num_pulls == 2, "more than the prefix and the tail of the prefetch"
     await rank.until_idle()
+    assert rank.prefetches() == {"used": 1}
 
 
 async def test_sequences_share_what_was_prefetched(rank: Rank) -> None:
@@ -68,6 +69,7 @@ async def test_a_prefetch_that_brought_too_little_is_given_up_and_pulled_again(r
     assert await rank.answer() == (len(PROMPT), 2)
     assert rank.store.num_pulls == 4
     await rank.until_idle()
+    assert rank.prefetches() == {"wasted": 1}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +102,7 @@ async def test_a_resume_uses_no_prefetch(rank: Rank) -> None:
     num_pulled, num_tokens = await rank.answer()
     assert (num_pulled, num_tokens) == (128, 1)
     await rank.until_idle()
+    assert rank.prefetches() == {"wasted": 1}
 
 
 async def test_a_rank_without_spare_memory_takes_no_prefetch_and_still_admits(rank: Rank) -> None:
@@ -112,6 +115,7 @@ async def test_a_rank_without_spare_memory_takes_no_prefetch_and_still_admits(ra
     rank.store.written.set()
     assert await rank.answer() == (len(PROMPT), 2)
     await rank.until_idle()
+    assert rank.prefetches() == {"refused": 1}
 
 
 async def test_whoever_waits_for_memory_goes_before_a_prefetch(rank: Rank) -> None:

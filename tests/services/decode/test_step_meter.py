@@ -21,7 +21,7 @@ class Rank:
         self.meters = Meters()
         self.meter = StepMeter(
             self.engine,  # pyright: ignore[reportArgumentType]
-            self.meters.telemetry.instruments,
+            self.meters.telemetry,
         )
 
     def step(self, *items: Any, **values: Any) -> int:

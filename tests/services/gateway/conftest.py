@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 import pytest
 
-from mesh.telemetry import Telemetry
 from protos import common_pb2, gateway_pb2, gateway_pb2_grpc
 from services.gateway.process import Gateway
 from services.gateway.settings import GatewaySettings
@@ -22,6 +21,7 @@ from tests.services.gateway.fake_mesh import (
     FakeStore,
     write_byte_tokenizer,
 )
+from tests.support.meters import Meters
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Rig:
         self, prefills: list[FakePrefill], decodes: list[FakeDecode], stores: list[FakeStore]
     ) -> None:
         self.prefills, self.decodes, self.stores = prefills, decodes, stores
+        self.meters = Meters()
         self.gateway: Any = None
         self.address = self.admin_address = ""
         self.channel: Any = None
@@ -77,7 +78,7 @@ class Rig:
             kvstore=tuple(s.address for s in self.stores),
             **{"poll_s": 0.05, "drain_s": 0.2, **flags},
         )
-        telemetry = Telemetry.off()
+        telemetry = self.meters.telemetry
         self.gateway = Gateway(settings, Tokenizer.load(model), telemetry, "test")
         self.address, self.admin_address = await self.gateway.start()
         self.channel = grpc.aio.insecure_channel(self.address)

@@ -189,6 +189,11 @@ async def test_refusals_reach_the_client_rich_and_the_next_request_works(make_ri
     assert error.violations[0].field == "sampling.temperature"
     unknown = await rig.refusal(Request(text="x", model="nope"))
     assert unknown.code() == grpc.StatusCode.NOT_FOUND
+    assert rig.meters.totals("kvmesh.requests") == {("rejected",): 3}
+    assert rig.meters.totals("kvmesh.requests.rejected") == {
+        ("INVALID_FIELD",): 2,
+        ("MODEL_NOT_FOUND",): 1,
+    }
     good = Request(text="x", stopping=common_pb2.StoppingParams(max_new_tokens=3))
     assert len((await rig.generate(good)).tokens[0]) == 3
 

@@ -17,6 +17,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kv.digest import block_digest
+from mesh.folds import Folds
 from mesh.telemetry import Telemetry
 from services.kvstore.arena import DramArena, SlotAllocator
 from services.kvstore.block import Leased, LeaseOutcome
@@ -74,7 +75,7 @@ class TieredStore:
         self.mover = Mover(
             index=self.index,
             arena_num_bytes=self.arena.num_bytes,
-            telemetry=Telemetry(trace.NoOpTracer(), meters.get_meter("test")),
+            telemetry=Telemetry(trace.NoOpTracer(), meters.get_meter("test"), Folds()),
             clock=lambda: self.now,
         )
 
