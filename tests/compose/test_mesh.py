@@ -6,20 +6,25 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
+import yaml
 
 from protos import common_pb2, gateway_pb2_grpc, status_pb2, status_pb2_grpc
 from tests.compose.engine import docker
 from tests.compose.project import SCALE_UP, SERVICES, UP, Project
 from tests.support.generate import Answer, greedy_request
+from tests.support.mesh import ROOT
 
 pytestmark = [pytest.mark.compose, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -115,6 +120,24 @@ def test_the_live_page_and_its_events_reach_a_browser_outside(
     stranger = urllib.request.Request(f"{url}/events", headers={"Host": "kvmesh.example"})
     with pytest.raises(urllib.error.HTTPError, match="421"):
         urllib.request.urlopen(stranger, timeout=TIMEOUT_S)
+
+
+def test_prometheus_finds_every_process_by_name(project: Project, tmp_path: Path) -> None:
+    """promtool asks docker's DNS from within the network, as the observability profile would."""
+    if shutil.which("promtool") is None:
+        pytest.skip("PROMETHEUS' DISCOVERY NOT TESTED: promtool is not installed")
+    pid = project.state("gateway")["Pid"]
+    resolver, config = tmp_path / "resolv.conf", tmp_path / "prometheus.yml"
+    shutil.copy(f"/proc/{pid}/root/etc/resolv.conf", resolver)
+    text = (ROOT / "deploy" / "observability" / "prometheus.yaml").read_text()
+    config.write_text(yaml.safe_dump(yaml.safe_load(text) | {"rule_files": []}))
+    check = f"promtool check service-discovery {config} kvmesh --timeout 10s"
+    command = f"mount --bind {resolver} /etc/resolv.conf && nsenter --target {pid} --net {check}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, check=True
+    )
+    instances = {target["labels"]["instance"].split()[0] for target in json.loads(done.stdout)}
+    assert instances == set(SERVICES)
 
 
 def test_blocks_travel_by_cma_and_not_over_tcp(
