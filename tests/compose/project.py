@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -22,6 +23,8 @@ BUILD_TIMEOUT_S = 1800.0
 HEALTHY_TIMEOUT_S = 240.0
 DOWN_TIMEOUT_S = 120.0
 PROFILES = ("gpu", "observability")
+# The README's commands that need no other images and no GPU.
+UP, SCALE_UP = "docker compose up", "docker compose up --scale kvstore=2"
 
 
 def compose(*words: str, env: Mapping[str, str] | None = None, timeout_s: float = 60.0) -> str:
@@ -55,9 +58,10 @@ class Project:
         """Images of all services, from cached layers where nothing changed."""
         self.compose("build", "--quiet", timeout_s=BUILD_TIMEOUT_S)
 
-    def up(self) -> None:
-        """Starts everything; does not wait for health."""
-        self.compose("up", "--detach", "--no-build", timeout_s=DOWN_TIMEOUT_S)
+    def up(self, command: str = UP) -> None:
+        """Starts everything as the command does; does not wait for health."""
+        up, *words = shlex.split(command)[2:]
+        self.compose(up, "--detach", "--no-build", *words, timeout_s=DOWN_TIMEOUT_S)
 
     def down(self) -> None:
         """Removes containers, networks and volumes."""

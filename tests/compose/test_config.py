@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from itertools import chain, combinations
@@ -17,8 +19,9 @@ from mesh.service_settings import ServiceSettings
 from services.gateway.settings import GatewaySettings
 from services.kvstore.settings import KvStoreSettings
 from services.worker_settings import WorkerSettings
-from tests.compose.project import PROFILES, compose
+from tests.compose.project import PROFILES, SCALE_UP, UP, compose
 from tests.support.mesh import ROOT
+from tests.support.readme import commands
 
 TEXT = (ROOT / "compose.yaml").read_text()
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(TEXT)["services"]
@@ -60,6 +63,22 @@ def test_compose_takes_every_profile(profiles: tuple[str, ...]) -> None:
         if set(service.get("profiles", profiles)) <= set(profiles):
             assert name in config["services"]
     assert "${" not in yaml.safe_dump(config)
+
+
+@pytest.mark.parametrize("command", commands("docker"))
+def test_a_command_of_the_readme_is_run_or_names_what_is_there(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--profile", choices=PROFILES)
+    parser.add_argument("up", choices=["up"])
+    parser.add_argument("service", nargs="?", choices=SERVICES)
+    parser.add_argument("--scale")
+    given = parser.parse_args(shlex.split(command)[2:])
+    profiles = {given.profile} - {None}
+    assert profiles or command in (UP, SCALE_UP)  # which test_mesh.py runs
+    if given.service:
+        assert set(SERVICES[given.service].get("profiles", profiles)) == profiles
+    else:
+        assert "gpu" not in profiles, "without names the CPU mesh would come up, too"
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
+import yaml
 
 from protos import common_pb2, gateway_pb2_grpc, status_pb2, status_pb2_grpc
 from tests.compose.engine import docker
-from tests.compose.project import SERVICES, Project
+from tests.compose.project import SCALE_UP, SERVICES, UP, Project
 from tests.support.generate import Answer, greedy_request
+from tests.support.mesh import ROOT
 
 pytestmark = [pytest.mark.compose, pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -41,14 +52,19 @@ def generate(
     return answer.tokens[0]
 
 
-def busy_rank(ports: dict[str, int]) -> str:
-    """The decode service that has a request now."""
+def instances(ports: dict[str, int], role: status_pb2.Role) -> list[status_pb2.InstanceStatus]:
+    """What the gateway says of those with a role."""
     with grpc.insecure_channel(f"127.0.0.1:{ports['KVMESH_ADMIN_PORT']}") as channel:
         stub = status_pb2_grpc.StatusServiceStub(channel)
-        instances = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=TIMEOUT_S).instances
-    decodes = [i for i in instances if i.role == status_pb2.ROLE_DECODE and i.counts.num_requests]
-    assert len(decodes) == 1, instances
-    return decodes[0].address.partition(":")[0]
+        answer = stub.GetStatus(status_pb2.GetStatusRequest(), timeout=TIMEOUT_S)
+    return [instance for instance in answer.instances if instance.role == role]
+
+
+def busy_rank(ports: dict[str, int]) -> str:
+    """The decode service that has a request now."""
+    decodes = instances(ports, status_pb2.ROLE_DECODE)
+    (busy,) = [instance for instance in decodes if instance.counts.num_requests]
+    return busy.address.partition(":")[0]
 
 
 def chosen_paths(log: str, direction: str) -> Iterator[str]:
@@ -88,6 +104,40 @@ def test_a_prompt_is_answered_from_outside_and_its_blocks_are_reused(
     assert answers[0].tokens == answers[1].tokens
     assert answers[1].info is not None
     assert answers[1].info.num_cached_tokens >= 256
+
+
+def test_the_live_page_and_its_events_reach_a_browser_outside(
+    project: Project, ports: dict[str, int]
+) -> None:
+    """The gateway listens on all addresses there and is asked by one that it does not know."""
+    url = f"http://127.0.0.1:{ports['KVMESH_HTTP_PORT']}"
+    with urllib.request.urlopen(f"{url}/", timeout=TIMEOUT_S) as page:
+        assert "<title>kvmesh</title>" in page.read().decode()
+    with urllib.request.urlopen(f"{url}/events", timeout=TIMEOUT_S) as events:
+        assert events.headers.get_content_type() == "text/event-stream"
+        frame = json.loads(events.readline().removeprefix(b"data: "))
+    assert len(frame["instances"]) == len(SERVICES)
+    stranger = urllib.request.Request(f"{url}/events", headers={"Host": "kvmesh.example"})
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        urllib.request.urlopen(stranger, timeout=TIMEOUT_S)
+
+
+def test_prometheus_finds_every_process_by_name(project: Project, tmp_path: Path) -> None:
+    """promtool asks docker's DNS from within the network, as the observability profile would."""
+    if shutil.which("promtool") is None:
+        pytest.skip("PROMETHEUS' DISCOVERY NOT TESTED: promtool is not installed")
+    pid = project.state("gateway")["Pid"]
+    resolver, config = tmp_path / "resolv.conf", tmp_path / "prometheus.yml"
+    shutil.copy(f"/proc/{pid}/root/etc/resolv.conf", resolver)
+    text = (ROOT / "deploy" / "observability" / "prometheus.yaml").read_text()
+    config.write_text(yaml.safe_dump(yaml.safe_load(text) | {"rule_files": []}))
+    check = f"promtool check service-discovery {config} kvmesh --timeout 10s"
+    command = f"mount --bind {resolver} /etc/resolv.conf && nsenter --target {pid} --net {check}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, check=True
+    )
+    instances = {target["labels"]["instance"].split()[0] for target in json.loads(done.stdout)}
+    assert instances == set(SERVICES)
 
 
 def test_blocks_travel_by_cma_and_not_over_tcp(
@@ -157,6 +207,30 @@ def test_the_mesh_outlives_its_kvstore(
     assert generate(generation, prompt, 40) == undisturbed
     workers = [service for service in MOVERS if service != "kvstore"]
     assert [project.state(service)["Pid"] for service in workers] == [pids[w] for w in workers]
+
+
+def test_a_store_more_is_taken_in_and_let_go(
+    project: Project,
+    generation: gateway_pb2_grpc.GenerationServiceStub,
+    ports: dict[str, int],
+) -> None:
+    """Docker's DNS gives every address of a service that is scaled; all processes follow it."""
+    prompt = list(range(1500, 1800))
+    undisturbed = generate(generation, prompt, 20)
+    project.up(SCALE_UP)
+    deadline = time.monotonic() + TIMEOUT_S
+    for first in itertools.count(10):
+        generate(generation, list(range(first, first + 300)), 4)
+        stores = instances(ports, status_pb2.ROLE_KVSTORE)
+        if len(stores) == 2 and all(store.counts.num_blocks_sealed for store in stores):
+            break
+        assert time.monotonic() < deadline, stores
+    assert generate(generation, prompt, 20) == undisturbed
+    project.up(UP)
+    while len(stores := instances(ports, status_pb2.ROLE_KVSTORE)) != 1:
+        assert time.monotonic() < deadline + TIMEOUT_S, stores
+        threading.Event().wait(0.25)
+    assert generate(generation, prompt, 20) == undisturbed
 
 
 def test_it_stops_cleanly_and_leaves_nothing(project: Project) -> None:

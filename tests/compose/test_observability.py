@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -44,6 +45,27 @@ def test_prometheus_takes_its_file(tmp_path: Path) -> None:
         ["promtool", "check", "config", str(config)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_tells_stores_of_one_name_apart(tmp_path: Path) -> None:
+    """promtool relabels as Prometheus does; what DNS would answer is listed instead."""
+    if shutil.which("promtool") is None:
+        pytest.skip("PROMETHEUS' FILE NOT CHECKED: promtool is not installed")
+    config = load(DEPLOY / "prometheus.yaml") | {"rule_files": []}
+    (job,) = config["scrape_configs"]
+    (names,) = job.pop("dns_sd_configs")
+    job["static_configs"] = [
+        {"targets": [f"10.0.{row}.{store}:9464"], "labels": {"__meta_dns_name": name}}
+        for row, name in enumerate(names["names"])
+        for store in range(1 + name.endswith("kvstore"))
+    ]
+    path = tmp_path / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config))
+    command = ["promtool", "check", "service-discovery", str(path), "kvmesh", "--timeout", "2s"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    instances = [target["labels"]["instance"] for target in json.loads(done.stdout)]
+    assert len(set(instances)) == len(instances) == len(names["names"]) + 2
+    assert {name for name in names["names"] if not name.endswith("kvstore")} < set(instances)
 
 
 def test_spans_reach_tempo_through_the_collector() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("engine", "kernels", "kv", "kvmesh", "mesh", "services")
-_OUTPUTS = (".git", ".venv", "build", "dist", "__pycache__", "results")
+_OUTPUTS = (".git", ".venv", "build", "dist", "__pycache__", "node_modules", "results")
 _STUBS = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 
