@@ -63,7 +63,8 @@ class Exporters:
             )
         readers = [self._reader(name, plan) for name in plan.metrics]
         self._meters = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
-        self.tracer: Tracer = self._tracers.get_tracer("kvmesh")
+        # Without an exporter no span is made at all.
+        self.tracer: Tracer | None = self._tracers.get_tracer("kvmesh") if plan.traces else None
         self.meter: Meter = self._meters.get_meter("kvmesh")
 
     def num_dropped(self) -> dict[str, int]:
