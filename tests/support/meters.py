@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -17,7 +16,7 @@ class Meters:
     def __init__(self) -> None:
         self._reader = InMemoryMetricReader()
         meters = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"))
+        self.telemetry = Telemetry(None, meters.get_meter("test"))
 
     def totals(self, name: str) -> Counter[tuple[str, ...]]:
         """Of a metric, by the values of its attributes; of a histogram its sums."""

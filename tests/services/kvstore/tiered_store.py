@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -74,7 +73,7 @@ class TieredStore:
         self.mover = Mover(
             index=self.index,
             arena_num_bytes=self.arena.num_bytes,
-            telemetry=Telemetry(trace.NoOpTracer(), meters.get_meter("test")),
+            telemetry=Telemetry(None, meters.get_meter("test")),
             clock=lambda: self.now,
         )
 
