@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mesh import spans
 from mesh.service_settings import ServiceSettings
 from mesh.settings import parse_settings
 from mesh.telemetry import Telemetry
@@ -73,7 +74,7 @@ def test_no_combination_fails(environ: dict[str, str], flags: list[str]) -> None
         telemetry = start(environ, flags)
         telemetry.instruments.kv_prefix_tokens.add(1, {"result": "hit"})
         telemetry.folds.series("decode_step_gap").record(0.1)
-        with telemetry.tracer.start_as_current_span("one"):
+        with telemetry.tracing.span(spans.PUBLISH):
             pass
         telemetry.close()
 
