@@ -72,7 +72,8 @@ class Exporters:
             if self.port is not None:
                 self.port.close()
             raise
-        self.tracer: Tracer = self._tracers.get_tracer("kvmesh")
+        # Without an exporter no span is made at all.
+        self.tracer: Tracer | None = self._tracers.get_tracer("kvmesh") if plan.traces else None
         self.meter: Meter = self._meters.get_meter("kvmesh")
 
     def num_dropped(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ ERROR_REASON = ("<reason of an error>",)
 ROLES = ("prefill", "decode", "kvstore")
 DISPOSITIONS = ("delivered", "cancelled", "discarded", "recomputed")
 STEP_PARTS = ("schedule", "forward", "sample", "emit")
-TO_FIRST_TOKEN = ("queue", "lookup", "get", "verify", "prefill", "put")
+TO_FIRST_TOKEN = ("queue", "lookup", "get", "verify", "prefill", "put", "wire")
 TO_SECOND_TOKEN = ("handover", "first_step")
 STAGES = ("first_token", "second_token")
 PHASES = tuple(dict.fromkeys((*TO_FIRST_TOKEN, *TO_SECOND_TOKEN)))
@@ -50,7 +50,8 @@ GATEWAY = {
         "kvmesh.phase.duration",
         "s",
         "one phase of a request; those of stage first_token add up to its time to first token, "
-        "those of second_token to the time from there to the second one",
+        "those of second_token to the time from there to the second one; wire: messages between "
+        "gateway and prefill, both ways, and waits for their event loops",
         buckets.FIRST_TOKEN_S,
         stage=STAGES,
         phase=PHASES,

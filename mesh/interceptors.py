@@ -10,15 +10,18 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from opentelemetry import trace
+from opentelemetry import context as otel
+from opentelemetry.context import Context
 
 from mesh.errors import Unavailable, domain_error, invalid, to_rpc_status
+from mesh.spans import ERROR_TYPE, RPC_STATUS, server_call
 from mesh.telemetry import Telemetry
+from mesh.tracing import NO_SPAN, Span
 
 # Calls that live as long as a process, or are asked for every second, are no part of a trace.
 _UNTRACED = (
@@ -26,10 +29,6 @@ _UNTRACED = (
     "/kvmesh.v1.DecodeService/Session",
     "/kvmesh.v1.KvStoreService/Watch",
 )
-_SPAN_NAMES = {
-    "/kvmesh.v1.GenerationService/Generate": "Generate",
-    "/kvmesh.v1.PrefillService/Prefill": "prefill",
-}
 _OUR_FAULT = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -90,7 +89,9 @@ class _Call:
         async def handle(request: Any, context: Any) -> Any:
             with self._span() as span:
                 try:
-                    return await inner(_checked(request), context)
+                    response = await inner(_checked(request), context)
+                    span.set({RPC_STATUS: grpc.StatusCode.OK.name})
+                    return response
                 except (Exception, asyncio.CancelledError) as error:
                     await _fail(context, span, error)
 
@@ -105,29 +106,40 @@ class _Call:
                     responses = inner(_checked(request), context)
                     if not hasattr(responses, "aclose"):
                         await responses
-                        return
-                    write = context.write
-                    async with contextlib.aclosing(responses):
-                        async for response in responses:
-                            await write(response)
+                    else:
+                        await _write_all(responses, context)
+                    span.set({RPC_STATUS: grpc.StatusCode.OK.name})
                 except (Exception, asyncio.CancelledError) as error:
                     await _fail(context, span, error)
 
         return handle
 
-    def _span(self) -> contextlib.AbstractContextManager[trace.Span]:
-        quiet = not self._telemetry.is_enabled and not self._traceparent
+    def _span(self) -> contextlib.AbstractContextManager[Span]:
+        tracing = self._telemetry.tracing
+        quiet = not tracing.is_on and not self._traceparent
         if quiet or self._method.startswith(_UNTRACED):
-            return contextlib.nullcontext(trace.INVALID_SPAN)
-        name = _SPAN_NAMES.get(self._method, self._method.removeprefix("/kvmesh.v1."))
-        return self._telemetry.tracer.start_as_current_span(
-            name,
-            context=self._telemetry.context(self._traceparent),
-            kind=trace.SpanKind.SERVER,
-            attributes={"rpc.system.name": "grpc", "rpc.method": self._method.removeprefix("/")},
-            record_exception=False,
-            set_status_on_exception=False,
-        )
+            return contextlib.nullcontext(NO_SPAN)
+        parent = self._telemetry.context(self._traceparent)
+        if tracing.is_on:
+            return tracing.span(server_call(self._method), parent=parent)
+        return _within(parent)
+
+
+@contextlib.contextmanager
+def _within(parent: Context | None) -> Iterator[Span]:
+    """The caller's trace passes through to whoever is called inside."""
+    token = otel.attach(parent or Context())
+    try:
+        yield NO_SPAN
+    finally:
+        otel.detach(token)
+
+
+async def _write_all(responses: Any, context: Any) -> None:
+    write = context.write
+    async with contextlib.aclosing(responses):
+        async for response in responses:
+            await write(response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,21 +162,20 @@ def _checked(request: Any) -> Any:
     return request
 
 
-async def _fail(context: Any, span: trace.Span, error: BaseException) -> None:
+async def _fail(context: Any, span: Span, error: BaseException) -> None:
     """Ends the call with the status of `error`; always raises."""
     if isinstance(error, asyncio.CancelledError) and _is_cancelled_from_outside():
-        span.set_attribute("rpc.response.status_code", grpc.StatusCode.CANCELLED.name)
+        span.set({RPC_STATUS: grpc.StatusCode.CANCELLED.name})
         raise error  # the caller is gone or the server stops: grpc answers by itself
     if isinstance(error, grpc.aio.AbortError):
-        span.set_attribute("rpc.response.status_code", _code_name(context))
+        span.set({RPC_STATUS: _code_name(context)})
         raise error  # the handler chose its own status
     if isinstance(error, grpc.aio.InternalError):
         await _end_broken(context, error)
     known = domain_error(error)
-    span.set_attribute("rpc.response.status_code", known.code.name)
-    span.set_attribute("error.type", known.reason)
+    span.set({RPC_STATUS: known.code.name, ERROR_TYPE: known.reason})
     if known.code in _OUR_FAULT:
-        span.set_status(trace.StatusCode.ERROR, str(known))
+        span.fail(known.reason)
     if context.done():
         raise asyncio.CancelledError from error
     await context.abort_with_status(to_rpc_status(known))

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import grpc
 
 from kv.transfer import Transfer
+from mesh import spans
 from mesh.channel import open_channel
 from mesh.kvstore_background import Background
 from mesh.kvstore_giveback import GiveBack
@@ -140,10 +141,12 @@ class KvStoreClient:
             hold=hold,
             waits_for_writers=waits_for_writers,
         )
-        with self._shards.telemetry.tracer.start_as_current_span("kv.get") as span:
+        with self._shards.telemetry.tracing.span(spans.PULL) as span:
             result = await pull.run()
-            span.set_attribute("kvmesh.keys", len(keys))
-            span.set_attribute("kvmesh.blocks", result.num_blocks)
+            span.set({spans.KEYS: len(keys), spans.BLOCKS: result.num_blocks})
+            if result.failures:
+                span.set({spans.FAILURES: result.failures})
+                span.fail(result.failures[0])
         return result
 
     def publish(

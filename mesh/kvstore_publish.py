@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 
+from mesh import spans
 from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
 from mesh.kvstore_shards import Deadline, Shards, each
 from mesh.kvstore_slots import Grant, Part, Slot
@@ -58,10 +59,9 @@ class Publish:
 
         may_seal is awaited between WRITE and Seal: nothing is sealed if it is False or late.
         """
-        with self._shards.telemetry.tracer.start_as_current_span("kv.put") as span:
+        with self._shards.telemetry.tracing.span(spans.PUBLISH) as span:
             num_sealed = await self._send(first, block_ids, deadline, may_seal)
-            span.set_attribute("kvmesh.keys", len(block_ids))
-            span.set_attribute("kvmesh.blocks", num_sealed)
+            span.set({spans.KEYS: len(block_ids), spans.BLOCKS: num_sealed})
         return num_sealed
 
     async def _send(
@@ -198,25 +198,31 @@ class Publish:
         def remember(settled: asyncio.Future[None]) -> None:
             part.late = settled
 
-        try:
-            await part.shard.write(
-                [blocks[index] * num_bytes for index in part.indices],
-                [slot.offset for slot in part.slots],
-                num_bytes,
-                deadline.remaining_s,
-                remember,
-                life=part.life,
-            )
-        except TROUBLE:
-            return
+        with self._shards.telemetry.tracing.span(
+            spans.WRITE, attributes={spans.BLOCKS: len(part.indices)}
+        ) as span:
+            try:
+                await part.shard.write(
+                    [blocks[index] * num_bytes for index in part.indices],
+                    [slot.offset for slot in part.slots],
+                    num_bytes,
+                    deadline.remaining_s,
+                    remember,
+                    life=part.life,
+                )
+            except TROUBLE as error:
+                span.fail(type(error).__name__)
+                return
         self._shards.count_moved("put", len(part.indices), time.monotonic() - started_at)
         part.is_written = True
 
     async def _seal(self, part: Part, digests: dict[int, int]) -> None:
         part.is_closed = True
-        sealed = await self._shards.background.keep(
-            self._seal_or_give_back(part, digests), undo=lambda _: self._forget_private(part)
-        )
+        with self._shards.telemetry.tracing.span(spans.SEAL) as span:
+            sealed = await self._shards.background.keep(
+                self._seal_or_give_back(part, digests), undo=lambda _: self._forget_private(part)
+            )
+            span.set({spans.BLOCKS: len(sealed)})
         self._sealed |= sealed
 
     async def _seal_or_give_back(self, part: Part, digests: dict[int, int]) -> set[int]:

@@ -7,11 +7,13 @@ stored at Seal. The store's trouble becomes a shorter prefix and a counted failu
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kv.errors import TransferTimeout
+from mesh import spans
 from mesh.kvstore_shard import MAX_KEYS, RPC_TIMEOUT_S, TROUBLE, Shard
 from mesh.kvstore_shards import Deadline, Shards, each
 from protos import kvstore_pb2
@@ -78,43 +80,54 @@ class Pull:
         self._read: set[int] = set()
         self._digests: list[int] = []
         self.failures: list[str] = []
-        self._marks: list[float] = []  # when lookup, transfer and verifying began
+        self._times_s: dict[str, float] = {}  # of each phase, by its span's name
 
     async def run(self) -> PullResult:
         """Brings what there is."""
-        self._marks.append(time.monotonic())
         num_blocks = await self._run()
-        ends = [*self._marks[1:], time.monotonic()]
-        times = [end - start for start, end in zip(self._marks, ends, strict=True)]
-        lookup_s, get_s, verify_s = [*times, 0.0, 0.0][:3]
+        times_s = self._times_s
         return PullResult(
             num_blocks=num_blocks,
             failures=tuple(self.failures),
-            lookup_s=lookup_s,
-            get_s=get_s,
-            verify_s=verify_s,
+            lookup_s=times_s.get(spans.LOOKUP.name, 0.0),
+            get_s=times_s.get(spans.GET.name, 0.0),
+            verify_s=times_s.get(spans.VERIFY.name, 0.0),
         )
 
     async def _run(self) -> int:
         """How many leading blocks are in place and verified."""
         try:
-            assigned = self._shards.assign(self._keys)
-            await each(self._look_up(shard, indices) for shard, indices in assigned)
+            with self._phase(spans.LOOKUP):
+                assigned = self._shards.assign(self._keys)
+                await each(self._look_up(shard, indices) for shard, indices in assigned)
             num_found = _prefix(self._lent)
             if num_found == 0:
                 return 0
-            self._marks.append(time.monotonic())
-            wanted = [x for x in self._leases if x.indices and x.indices[0] < num_found]
-            await each(self._fetch(lease, num_found) for lease in wanted)
-            self._marks.append(time.monotonic())
-            # Side by side: digests are of local bytes, which no end of a lease changes any more.
-            await each([self._digest(), *(self._confirm(lease) for lease in wanted)])
-            return self._verify(_prefix(self._read))
+            with self._phase(spans.GET):
+                wanted = [x for x in self._leases if x.indices and x.indices[0] < num_found]
+                await each(self._fetch(lease, num_found) for lease in wanted)
+            with self._phase(spans.VERIFY):
+                # Side by side: digests are of local bytes, which no end of a lease changes any more
+                await each([self._digest(), *(self._confirm(lease) for lease in wanted)])
+                return self._verify(_prefix(self._read))
         finally:
             for lease in self._leases:
                 if not lease.is_released:
                     self._give_back(lease)
                     lease.shard.uses.drop()
+
+    @contextlib.contextmanager
+    def _phase(self, span_type: spans.SpanType) -> Iterator[None]:
+        """Times what is inside; its span says the same."""
+        began_at = time.monotonic()
+        span = self._shards.telemetry.tracing.begin(span_type, at=began_at)
+        try:
+            with span.current():
+                yield
+        finally:
+            ended_at = time.monotonic()
+            self._times_s[span_type.name] = ended_at - began_at
+            span.end(ended_at)
 
     async def _look_up(self, shard: Shard, indices: list[int]) -> None:
         """Leases the longest sealed prefix of one shard's keys, MAX_KEYS at a time."""

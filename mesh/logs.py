@@ -37,6 +37,7 @@ class _JsonFormatter(logging.Formatter):
         here = trace.get_current_span().get_span_context()
         if here.is_valid:
             line["trace_id"] = f"{here.trace_id:032x}"
+            line["span_id"] = f"{here.span_id:016x}"
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

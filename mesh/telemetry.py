@@ -19,6 +19,7 @@ from mesh.export_plan import ExportPlan
 from mesh.folds import Folds
 from mesh.instruments import OBSERVABLE, Instruments, Kind, declare, start_at_zero
 from mesh.process import StartupError
+from mesh.tracing import Tracing
 
 if TYPE_CHECKING:
     from mesh.exporters import Exporters
@@ -33,18 +34,18 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 class Telemetry:
     """One process's tracer and instruments. Build with `start` or `off`, end with `close`."""
 
-    tracer: trace.Tracer
+    tracing: Tracing
     instruments: Instruments
     folds: Folds
 
     def __init__(
         self,
-        tracer: trace.Tracer,
+        tracer: trace.Tracer | None,
         meter: Meter,
         folds: Folds,
         exporters: Exporters | None = None,
     ) -> None:
-        self.tracer = tracer
+        self.tracing = Tracing(tracer)
         self.instruments = declare(meter)
         self.folds = folds
         self._meter = meter
@@ -83,7 +84,7 @@ class Telemetry:
     @classmethod
     def off(cls) -> Telemetry:
         """No-op objects; trace context still passes through."""
-        return cls(trace.NoOpTracer(), metrics.NoOpMeter("kvmesh"), Folds())
+        return cls(None, metrics.NoOpMeter("kvmesh"), Folds())
 
     @property
     def is_enabled(self) -> bool:
@@ -121,14 +122,14 @@ class Telemetry:
             exporters.close(CLOSE_TIMEOUT_S)
 
     def traceparent(self) -> str:
-        """W3C trace context of the current span; empty when nothing is traced."""
+        """W3C trace context of the current span; empty when there is none."""
         here = trace.get_current_span().get_span_context()
         if not here.is_valid:
             return ""
         return f"00-{here.trace_id:032x}-{here.span_id:016x}-{here.trace_flags:02x}"
 
     def context(self, traceparent: str) -> Context | None:
-        """The context a traceparent stands for, for `start_span(context=...)`; None if empty."""
+        """The context a traceparent stands for, as the parent of spans; None if empty."""
         if not traceparent:
             return None
         return _PROPAGATOR.extract({"traceparent": traceparent}, Context())

@@ -7,6 +7,7 @@ routes, never speaks to clients. The gateway and the kvstore never import it (it
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -207,9 +208,11 @@ class Worker:
         """Runs fn(*args) over blocks that no step in flight writes, while steps compute."""
         return await asyncio.get_running_loop().run_in_executor(self._settled, fn, *args)
 
-    def spawn(self, coroutine: Coroutine[None, None, None]) -> None:
-        """Runs background work that `close` waits for."""
-        task = asyncio.ensure_future(coroutine)
+    def spawn(
+        self, coroutine: Coroutine[None, None, None], context: contextvars.Context | None = None
+    ) -> None:
+        """Runs background work that `close` waits for, in the caller's context or in another."""
+        task = asyncio.get_running_loop().create_task(coroutine, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

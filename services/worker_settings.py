@@ -79,6 +79,13 @@ class WorkerSettings(ServiceSettings):
     chunk_tokens: int = setting(
         512, group="scheduling", help="most prompt tokens computed per step", minimum=16
     )
+    trace_step_interval: int = setting(
+        100,
+        group="telemetry",
+        help="where traces are exported, one decode step of so many is a span; 0 is none",
+        minimum=0,
+        maximum=1_000_000,
+    )
     rmsnorm_warps: int | None = setting(
         None,
         group="kernels",

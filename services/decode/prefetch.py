@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from mesh import spans
 from protos import decode_pb2
 from services.decode.pulling import pull
 from services.worker import Worker
@@ -85,14 +86,17 @@ class Prefetch:
         """Whether the whole prompt's KV is here now."""
         worker, command = self._worker, self._command
         token_ids, telemetry = list(command.prompt_token_ids), worker.telemetry
-        with telemetry.tracer.start_as_current_span(
-            "decode.prefetch", context=telemetry.context(command.traceparent)
-        ):
+        with telemetry.tracing.span(
+            spans.PREFETCH,
+            parent=telemetry.context(command.traceparent),
+            attributes={spans.REQUEST_ID: command.request_id},
+        ) as span:
             root = worker.root(command.cache_salt)
             try:
                 num_pulled = await pull(worker, root, token_ids, self._blocks, command.handoff)
             except Exception:  # the edge of this task: the admission pulls anew
                 log.exception("prefetch of %s failed", command.request_id)
+                span.fail("INTERNAL")
                 return False
         return num_pulled == len(token_ids)
 

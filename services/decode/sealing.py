@@ -6,6 +6,8 @@ being written out; losing a put only costs a later recomputation.
 
 from __future__ import annotations
 
+import contextvars
+
 from engine.sequence import Sequence, StepItem
 from kv.block import block_keys
 from services.worker import PUBLISH_DEADLINE_S, Worker
@@ -18,6 +20,7 @@ class SealedBlocks:
         self._worker = worker
         self._tenant = tenant
         self._sequence = sequence
+        self._context = contextvars.copy_context()  # of the admission: whose trace this belongs to
         self._num_sealed = sequence.num_computed // worker.block_tokens
         # The name before the next block's, in the chain from `root`; not known before it is needed.
         self._root, self._parent = root, b""
@@ -35,7 +38,7 @@ class SealedBlocks:
         self._parent = keys[-1]
         blocks = self._sequence.blocks[first:num_full]
         self._worker.pool.share(blocks)
-        self._worker.spawn(self._put(keys, blocks))
+        self._worker.spawn(self._put(keys, blocks), self._context)
 
     async def _put(self, keys: list[bytes], blocks: list[int]) -> None:
         try:

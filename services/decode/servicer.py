@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from engine.sequence import Sequence as EngineSequence
 from engine.sequence import StepOutcome
+from mesh.tracing import Span
 from protos import decode_pb2, decode_pb2_grpc, status_pb2
 from services.decode.session import Session
 from services.decode.step_meter import StepMeter
+from services.decode.trace import StepSpans
 from services.worker import Worker
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._sessions: dict[int, Session] = {}
         self._ids = itertools.count(1)
         self._meter = StepMeter(worker.engine, worker.telemetry)
+        self._step_spans = StepSpans(
+            worker.telemetry.tracing, worker.settings.trace_step_interval, self._span_of
+        )
         worker.listeners.append(self._on_step)
         worker.reporters.append(self._report)
         worker.failure_listeners.append(self._on_failure)
@@ -66,11 +71,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             del self._sessions[session_id]
 
     def _on_step(self, outcome: StepOutcome) -> None:
+        self._step_spans.record(outcome)  # first: what ends with this step is still known
         for item in outcome.items:
             self._sessions[item.sequence.key.session_id].on_item(item)
         for session in self._sessions.values():
             session.flush()
         self._worker.count_tokens(self._meter.record(outcome))
+
+    def _span_of(self, sequence: EngineSequence) -> Span:
+        return self._sessions[sequence.key.session_id].span_of(sequence.key.handle)
 
     def _report(self, status: status_pb2.InstanceStatus) -> None:
         status.decode_steps.CopyFrom(self._meter.snapshot())

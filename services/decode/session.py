@@ -16,12 +16,15 @@ import grpc
 
 from engine.sequence import Sequence, SequenceState, StepItem
 from kv.block import tenant_id
+from mesh import spans
 from mesh.errors import KvmeshError
+from mesh.tracing import Span
 from protos import common_pb2, decode_pb2
 from services import wire
 from services.decode.admission import Admission
 from services.decode.prefetch import Prefetch
 from services.decode.sealing import SealedBlocks
+from services.decode.trace import begin_decode
 from services.worker import Worker
 
 log = logging.getLogger("kvmesh.decode")
@@ -37,6 +40,7 @@ class Request:
     prompt_token_ids: list[int]
     root: bytes
     prefetch: Prefetch | None
+    span: Span
     admission: asyncio.Task[None] | None = None
     sequences: dict[int, Sequence] = field(default_factory=dict)
     sealed: dict[int, SealedBlocks] = field(default_factory=dict)
@@ -116,6 +120,10 @@ class Session:
             for sequence in request.sequences.values():
                 assert sequence.state in LIVE, f"handle {handle}: {sequence.state.value} sequence"
 
+    def span_of(self, handle: int) -> Span:
+        """The span of a live request."""
+        return self._requests[handle].span
+
     def on_item(self, item: StepItem) -> None:
         """Takes one sequence's part of a step."""
         key = item.sequence.key
@@ -130,8 +138,7 @@ class Session:
         """The step that held this sequence failed: the whole request is rejected."""
         handle = sequence.key.handle
         if handle in self._requests:
-            self._cancel(handle, None)
-            self._reject(handle, grpc.StatusCode.INTERNAL, f"decode step failed: {error}")
+            self._refuse(handle, grpc.StatusCode.INTERNAL, f"decode step failed: {error}")
 
     def flush(self) -> None:
         """Ends a step: whatever is pending goes out in one message."""
@@ -148,7 +155,10 @@ class Session:
             prefetch.keep()
         root = self._worker.root(admit.cache_salt)
         prompt = list(admit.prompt_token_ids)
-        request = Request(admit=admit, prompt_token_ids=prompt, root=root, prefetch=prefetch)
+        span = begin_decode(self._worker.telemetry, admit)
+        request = Request(
+            admit=admit, prompt_token_ids=prompt, root=root, prefetch=prefetch, span=span
+        )
         self._requests[admit.handle] = request
         request.admission = asyncio.ensure_future(self._run_admission(request))
 
@@ -173,10 +183,7 @@ class Session:
 
     async def _run_admission(self, request: Request) -> None:
         admit = request.admit
-        telemetry = self._worker.telemetry
-        with telemetry.tracer.start_as_current_span(
-            "decode.admit", context=telemetry.context(admit.traceparent)
-        ):
+        with request.span.current():
             try:
                 self._worker.check_request(admit.fingerprint, len(admit.prompt_token_ids))
                 started_at = time.monotonic()
@@ -189,6 +196,7 @@ class Session:
                     functools.partial(self._start_sequence, request),
                 )
                 num_pulled = await admission.place()
+                request.span.set({spans.PULLED_TOKENS: num_pulled})
                 self._pending.admitted.add(
                     handle=admit.handle,
                     num_pulled_tokens=num_pulled,
@@ -196,17 +204,14 @@ class Session:
                 )
                 self._has_pending.set()
                 if not request.sequences:  # all ended or were cancelled while the last was placed
-                    self._requests.pop(admit.handle, None)
+                    self._end(admit.handle)
             except KvmeshError as error:
-                self._cancel(admit.handle, None)
-                self._reject(admit.handle, error.code, str(error))
+                self._refuse(admit.handle, error.code, str(error))
             except ValueError as error:
-                self._cancel(admit.handle, None)
-                self._reject(admit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                self._refuse(admit.handle, grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except Exception as error:  # the edge of this task: the gateway must hear of it
                 log.exception("admission of %s failed", admit.request_id)
-                self._cancel(admit.handle, None)
-                self._reject(admit.handle, grpc.StatusCode.INTERNAL, f"admission failed: {error!r}")
+                self._refuse(admit.handle, grpc.StatusCode.INTERNAL, f"admission failed: {error!r}")
 
     def _start_sequence(
         self,
@@ -261,7 +266,7 @@ class Session:
                 self._worker.engine.drop(sequence)
                 self._forget(handle, sequence_index)
             return
-        del self._requests[handle]
+        self._end(handle)
         current = asyncio.current_task()
         if request.admission and request.admission is not current:
             request.admission.cancel()
@@ -276,7 +281,18 @@ class Session:
         del request.sealed[sequence_index]
         admission_over = request.admission is None or request.admission.done()
         if admission_over and not request.sequences:
-            del self._requests[handle]
+            self._end(handle)
+
+    def _end(self, handle: int) -> None:
+        if request := self._requests.pop(handle, None):
+            request.span.end()
+
+    def _refuse(self, handle: int, code: grpc.StatusCode, message: str) -> None:
+        """Drops a request that cannot be served here, and says why."""
+        if request := self._requests.get(handle):
+            request.span.fail(code.name)
+        self._cancel(handle, None)
+        self._reject(handle, code, message)
 
     def _reject(self, handle: int, code: grpc.StatusCode, message: str) -> None:
         self._pending.rejected.add(handle=handle, code=code.value[0], message=message)

@@ -50,6 +50,7 @@ class GenerationServicer(gateway_pb2_grpc.GenerationServiceServicer):
                     blocked_s += time.monotonic() - began_at
             finally:
                 live.close()
+                live.end_trace()
                 self._backend.telemetry.instruments.stream_backpressure.record(blocked_s)
 
     async def Abort(  # noqa: N802 - gRPC method name

@@ -26,6 +26,7 @@ class Instance:
         self._status: status_pb2.InstanceStatus | None = None
         self._failure = "not asked yet"
         self._listeners: set[Callable[[str], None]] = set()
+        self._ending: set[grpc.aio.Call] = set()
 
     @property
     def is_ready(self) -> bool:
@@ -77,6 +78,12 @@ class Instance:
         self.fail(reason)
         for listener in list(self._listeners):
             listener(reason)
+
+    def see_off(self, call: grpc.aio.Call) -> None:
+        """Keeps a call whose answer is complete until it has ended: dropped, it is cancelled."""
+        if not call.done():
+            self._ending.add(call)
+            call.add_done_callback(self._ending.discard)  # pyright: ignore[reportArgumentType]
 
     @contextlib.contextmanager
     def load(self, num_tokens: int) -> Iterator[None]:

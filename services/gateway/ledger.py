@@ -12,6 +12,16 @@ from mesh.telemetry import Instruments
 from protos import gateway_pb2, prefill_pb2
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One phase of a request, for its metric and its span; began_at is on the monotonic clock."""
+
+    stage: str
+    name: str
+    began_at: float
+    duration_s: float
+
+
 @dataclass(slots=True, kw_only=True)
 class Ledger:
     """Filled in as the request goes; `_at` is on the monotonic clock, `_s` a length in seconds."""
@@ -19,7 +29,9 @@ class Ledger:
     arrived_at: float = field(default_factory=time.monotonic)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    queue_s: float = 0.0
+    called_at: float = 0.0  # prefill, the last time
+    queue_s: float = 0.0  # until prefill begins to compute, its pull included
+    instance_queue_s: float = 0.0  # of those, since arrival at the instance
     prefill_s: float = 0.0
     put_s: float = 0.0
     get_s: float = 0.0
@@ -29,10 +41,15 @@ class Ledger:
     first_token_at: float | None = None
     last_token_at: float | None = None
 
+    def on_call(self) -> None:
+        """A prefill instance is called now."""
+        self.called_at = time.monotonic()
+
     def on_started(self, started: prefill_pb2.PrefillStarted) -> None:
         """A prefill instance begins to compute now."""
         self.num_cached_tokens = started.num_cached_tokens
         self.queue_s = time.monotonic() - self.arrived_at
+        self.instance_queue_s = started.queue_s
         self.pull_s = {
             "lookup": started.lookup_s,
             "get": started.get_s,
@@ -79,26 +96,43 @@ class Ledger:
         if self.first_token_at is None or self.last_token_at is None:
             return
         instruments.time_to_first_token.record(self.first_token_at - self.arrived_at)
-        self._record_phases(instruments, self.first_token_at)
+        for phase in self.phases():
+            attributes = {"stage": phase.stage, "phase": phase.name}
+            instruments.phase_duration.record(phase.duration_s, attributes)
         num_steps = max(output_lens, default=0) - 1
         if num_steps > 0:
             instruments.time_per_output_token.record(
                 (self.last_token_at - self.first_token_at) / num_steps
             )
 
-    def _record_phases(self, instruments: Instruments, first_token_at: float) -> None:
-        """Phases that add up to the time to the first token, and from there to the second one."""
-        known = {**self.pull_s, "prefill": self.prefill_s, "put": self.put_s}
-        rest = first_token_at - self.arrived_at - sum(known.values())
-        for phase, duration_s in {"queue": max(0.0, rest), **known}.items():
-            attributes = {"stage": "first_token", "phase": phase}
-            instruments.phase_duration.record(duration_s, attributes)
-        if self.admitted_at is None or self.second_token_at is None:
-            return
-        admitted_at = min(max(first_token_at, self.admitted_at), self.second_token_at)
-        for phase, duration_s in (
-            ("handover", admitted_at - first_token_at),
-            ("first_step", self.second_token_at - admitted_at),
-        ):
-            attributes = {"stage": "second_token", "phase": phase}
-            instruments.phase_duration.record(duration_s, attributes)
+    def phases(self) -> list[Phase]:
+        """All that are over, in order. Each is measured where it happens, in one process; wire is
+        what the gateway waited for prefill beyond the time that prefill counted itself.
+        """
+        if self.first_token_at is None:
+            return []
+        pull_s = sum(self.pull_s.values())
+        counted_s = self.instance_queue_s + self.prefill_s + self.put_s
+        durations_s = {
+            "queue": self.called_at - self.arrived_at + self.instance_queue_s - pull_s,
+            **self.pull_s,
+            "prefill": self.prefill_s,
+            "put": self.put_s,
+            "wire": max(0.0, self.first_token_at - self.called_at - counted_s),
+        }
+        phases = _in_order("first_token", self.arrived_at, durations_s)
+        if self.admitted_at is not None and self.second_token_at is not None:
+            first_at, second_at = self.first_token_at, self.second_token_at
+            admitted_at = min(max(first_at, self.admitted_at), second_at)
+            steps_s = {"handover": admitted_at - first_at, "first_step": second_at - admitted_at}
+            phases += _in_order("second_token", first_at, steps_s)
+        return phases
+
+
+def _in_order(stage: str, began_at: float, durations_s: dict[str, float]) -> list[Phase]:
+    """Phases that follow each other."""
+    phases = []
+    for name, duration_s in durations_s.items():
+        phases.append(Phase(stage=stage, name=name, began_at=began_at, duration_s=duration_s))
+        began_at += duration_s
+    return phases

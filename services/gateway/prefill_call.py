@@ -48,15 +48,15 @@ async def call_prefill(
                 elif event == "closing":
                     on_closing(response.closing)
                 elif event == "finished":
+                    instance.see_off(call)
                     return response.finished
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     except asyncio.CancelledError:
+        call.cancel()
         if not lost:  # the request's task is being cancelled, not the call by `lose`
             raise
         raise _gone(instance, lost[0]) from None
-    finally:
-        call.cancel()
     raise _gone(instance, "the call ended without an answer")
 
 

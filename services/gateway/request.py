@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mesh import spans
 from mesh.errors import Internal, InvalidArgument, KvmeshError, Unavailable
 from mesh.telemetry import Telemetry
 from protos import common_pb2, gateway_pb2, prefill_pb2
@@ -32,6 +33,7 @@ from services.gateway.session import RankSession
 from services.gateway.stop_strings import StopStrings
 from services.gateway.stores import Stores
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.trace import RequestTrace
 from services.gateway.validation import ValidRequest
 
 _FINAL = ("INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "ALREADY_EXISTS")
@@ -59,6 +61,7 @@ class Request:
         self._model = model
         self._backend = backend
         self._ledger = ledger
+        self._trace = RequestTrace(backend.telemetry.tracing, valid, model.name)
         self._state = "cancelled"
         self._task: asyncio.Task[None] | None = None
         self._prompt_token_ids: list[int] = []
@@ -104,6 +107,11 @@ class Request:
         if self._task is not None:
             self._task.cancel()
 
+    def end_trace(self) -> None:
+        """Tells the call's span how it ended; before the call ends."""
+        reasons = (s.finished.reason for s in self._sequences if s.finished is not None)
+        self._trace.end(self._state, self._ledger, self._output_lens, reasons)
+
     @property
     def _output_lens(self) -> list[int]:
         return [len(sequence.output_token_ids) for sequence in self._sequences]
@@ -126,6 +134,7 @@ class Request:
             self._end_prefetch()
             self._discard_tail()
             self._ledger.record(self._backend.telemetry.instruments, self._state, self._output_lens)
+            self._trace.phases(self._ledger)
 
     async def _tokenize(self) -> None:
         prompt, tokenizer = self._valid.prompt, self._backend.tokenizer
@@ -153,10 +162,12 @@ class Request:
             router = self._backend.router
             instance, self._fingerprint = await router.prefill(self._valid.session_id, avoid)
             try:
-                with instance.load(len(self._prompt_token_ids)):
-                    command = self._commands.prefill(
-                        self._sequences, self._fingerprint, self._tail_key
-                    )
+                command = self._commands.prefill(self._sequences, self._fingerprint, self._tail_key)
+                with (
+                    instance.load(len(self._prompt_token_ids)),
+                    self._trace.attempt(spans.PREFILL_CALL, instance.address, attempt),
+                ):
+                    self._ledger.on_call()
                     finished = await call_prefill(
                         instance, command, self._on_started, self._on_closing
                     )
@@ -176,11 +187,13 @@ class Request:
             attempt += 1
             rank, prefetched = await self._rank(avoid)
             placement = Placement(rank, live, self.outbox, self._ledger)
-            admit = self._commands.admit(
-                live, self._handoff, self._fingerprint, self._backend.telemetry.traceparent()
-            )
             try:
-                await placement.run(admit, prefetched)
+                with self._trace.attempt(spans.DECODE_CALL, rank.instance.address, attempt):
+                    traceparent = self._backend.telemetry.traceparent()
+                    admit = self._commands.admit(
+                        live, self._handoff, self._fingerprint, traceparent
+                    )
+                    await placement.run(admit, prefetched)
             except KvmeshError as error:
                 self._count_failure("decode", rank.instance, error, attempt)
                 avoid.add(rank.instance.address)

@@ -7,7 +7,8 @@ went well. Never computes, never decides what is handed off.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextvars
+from collections.abc import Coroutine, Sequence
 
 from mesh.kvstore_client import Deadline
 from mesh.kvstore_shards import each
@@ -35,6 +36,7 @@ class Sending:
         self._last_tail: asyncio.Task[bool] | None = None
         self._is_good: asyncio.Future[bool] | None = None  # of what was sent since `seal`
         self._is_tail_wanted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._context = contextvars.copy_context()  # of the call: whose trace this belongs to
 
     def send(self, first: int, block_ids: Sequence[int]) -> None:
         """Sends blocks behind those before; block_ids hold the prompt's blocks from `first` on.
@@ -42,8 +44,7 @@ class Sending:
         They are not sealed before `seal`.
         """
         self._is_good = self._is_good or asyncio.get_running_loop().create_future()
-        sending = self._send(self._last, first, list(block_ids), self._is_good)
-        self._last = asyncio.ensure_future(sending)
+        self._last = self._begin(self._send(self._last, first, list(block_ids), self._is_good))
 
     def seal(self) -> None:
         """What was sent came of steps that went well."""
@@ -54,7 +55,7 @@ class Sending:
     def send_tail(self, block: int, num_tokens: int) -> None:
         """Sends the tail, num_tokens tokens, if that was not done; sealed by `finish` only."""
         if self._has_tail_key and self._last_tail is None:
-            self._last_tail = asyncio.ensure_future(self._send_tail(block, num_tokens))
+            self._last_tail = self._begin(self._send_tail(block, num_tokens))
 
     async def reserved(self) -> None:
         """Waits until the slots are reserved: from then on a reader can wait for what is sent."""
@@ -73,6 +74,9 @@ class Sending:
                 last.cancel()
         self._blocks.close()
         self._tail.close()
+
+    def _begin(self, sending: Coroutine[None, None, bool]) -> asyncio.Task[bool]:
+        return asyncio.get_running_loop().create_task(sending, context=self._context)
 
     async def _reserve(self) -> None:
         deadline = Deadline(PUBLISH_DEADLINE_S)

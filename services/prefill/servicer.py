@@ -20,6 +20,7 @@ from mesh.errors import Internal
 from protos import common_pb2, prefill_pb2, prefill_pb2_grpc
 from services import wire
 from services.prefill.sending import Sending
+from services.prefill.trace import PromptTrace
 from services.worker import Worker
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         num_computed = 0
         for item in outcome.items:
             num_computed += item.num_computed_after - item.num_computed_before
-            self._prompts[item.sequence.key].on_step(item, outcome.done_at)
+            self._prompts[item.sequence.key].on_step(item, outcome)
         for prompt in self._prompts.values():
             prompt.look_for_last_chunk()
         instruments.kv_prefix_tokens.add(num_computed, {"result": "computed"})
@@ -107,6 +108,7 @@ class Prompt:
         self._worker = worker
         self._request = request
         self._arrived_at = time.monotonic()
+        self._trace = PromptTrace(worker.telemetry.tracing)
         self._token_ids = list(request.prompt_token_ids)
         self._root = worker.root(request.cache_salt)
         self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
@@ -149,12 +151,12 @@ class Prompt:
         num_tokens, block_tokens = len(self._token_ids), worker.block_tokens
         blocks = await worker.engine.allocate(-(-num_tokens // block_tokens), request.priority)
         self._sequence.blocks = blocks
+        self._trace.on_memory(self._arrived_at, time.monotonic())
         # The last token is always computed here: its logits choose the first token.
         num_reusable = (num_tokens - 1) // block_tokens
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
-        with worker.telemetry.tracer.start_as_current_span("prefill.pull"):
-            pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
+        pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
         num_cached = pulled.num_blocks * block_tokens
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         tenant = tenant_id(request.cache_salt)
@@ -162,6 +164,7 @@ class Prompt:
         self._num_sent = pulled.num_blocks
         self._sequence.num_computed = num_cached
         self._compute_started_at = time.monotonic()
+        self._trace.begin(self._compute_started_at, num_tokens - num_cached)
         worker.engine.add(self._sequence)
         return prefill_pb2.PrefillStarted(
             num_cached_tokens=num_cached,
@@ -184,13 +187,15 @@ class Prompt:
         """Waits for the last chunk, not for its way to the store: the reader waits for that."""
         item = await self._computed
         handoff = await self._hand_off()
+        handed_off_at = time.monotonic()
+        self._trace.on_handed_off(self._computed_at, handed_off_at)
         self._worker.count_tokens(len(item.token_ids))
         return prefill_pb2.PrefillFinished(
             first_tokens=[self._first_token(index, item) for index in range(len(item.token_ids))],
             handoff=handoff,
             prompt_logprobs=self._prompt_logprobs,
             prefill_s=self._computed_at - self._compute_started_at,
-            put_s=time.monotonic() - self._computed_at,
+            put_s=handed_off_at - self._computed_at,
             computed_at=self._computed_at,
         )
 
@@ -211,27 +216,30 @@ class Prompt:
         if num_tokens == len(self._token_ids) and tail_len:
             self._sending.send_tail(self._sequence.blocks[-1], tail_len)
 
-    def on_step(self, item: StepItem, computed_at: float) -> None:
+    def on_step(self, item: StepItem, outcome: StepOutcome) -> None:
         """Takes one step's progress: full blocks go out while the next chunk computes."""
         item.keep_blocks = item.is_finished
+        self._trace.on_step(item, outcome)
         self._prompt_logprobs.extend(wire.position_logprobs(p) for p in item.prompt_logprobs)
         if self._sending is not None:
             self.on_written(item.num_computed_after)
             self._sending.seal()
         if item.token_ids and not self._computed.done():
-            self._computed_at = computed_at
+            self._computed_at = outcome.done_at
+            self._trace.on_computed(outcome.done_at)
             self._computed.set_result(item)
 
     def fail(self, error: BaseException) -> None:
         """The step that held this prompt failed."""
         if not self._computed.done():
-            self._computed.set_exception(
-                Internal(f"prefill step failed: {error}", reason="STEP_FAILED")
-            )
+            failure = Internal(f"prefill step failed: {error}", reason="STEP_FAILED")
+            self._trace.fail(failure.reason)
+            self._computed.set_exception(failure)
             self._last_chunk.set()
 
     def close(self) -> None:
         """Frees everything. What is still being sent is dropped: no unsealed block is ever read."""
+        self._trace.close()
         if self._rest is not None:
             self._rest.cancel()
         if self._sending is not None:

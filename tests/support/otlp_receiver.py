@@ -25,7 +25,10 @@ from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceivedSpan:
-    """One finished span; ids are hex, parent_id is empty for a root."""
+    """One finished span; ids are hex, parent_id is empty for a root.
+
+    kind is INTERNAL, SERVER or CLIENT; links are trace and span ids.
+    """
 
     name: str
     service: str
@@ -37,6 +40,8 @@ class ReceivedSpan:
     attributes: dict[str, Any]
     start_ns: int
     end_ns: int
+    kind: str
+    links: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +96,11 @@ class OtlpReceiver:
         """The spans of that name."""
         return [span for span in list(self.spans) if span.name == name]
 
+    def trace(self, trace_id: str) -> list[ReceivedSpan]:
+        """The spans of one trace, by their start."""
+        found = [span for span in list(self.spans) if span.trace_id == trace_id]
+        return sorted(found, key=lambda span: (span.start_ns, -span.end_ns))
+
     def metric_points(self, name: str) -> list[MetricPoint]:
         """Every exported point of a metric, oldest first; counters are cumulative."""
         return [point for point in list(self.points) if point.name == name]
@@ -136,6 +146,8 @@ class _TraceServicer(trace_service_pb2_grpc.TraceServiceServicer):
                 attributes=_attributes(span.attributes),
                 start_ns=span.start_time_unix_nano,
                 end_ns=span.end_time_unix_nano,
+                kind=span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
+                links=tuple((link.trace_id.hex(), link.span_id.hex()) for link in span.links),
             )
             for group in request.resource_spans
             for resource in [_attributes(group.resource.attributes)]
