@@ -23,7 +23,7 @@ help:
 	@echo "make test-compose  setup, then the mesh of compose.yaml in containers (minutes; root and docker)"
 	@echo "make test-faults   setup, then every fault in every phase (minutes; make test runs the most telling)"
 	@echo "make check   format, lint, types, import contracts, protos, size budget"
-	@echo "make docs    writes docs/telemetry.md from the table of metrics"
+	@echo "make docs    writes docs/telemetry.md from the tables of metrics and spans"
 	@echo "make dashboards   writes the Grafana boards dashboards/*.json from their Python"
 	@echo "make bench   setup, then a short load test of a mesh of its own"
 	@echo "make test-gpu, make bench-gpu   setup, then tests or benchmarks on this machine's NVIDIA GPU;"

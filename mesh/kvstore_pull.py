@@ -81,6 +81,7 @@ class Pull:
         self._digests: list[int] = []
         self.failures: list[str] = []
         self._times_s: dict[str, float] = {}  # of each phase, by its span's name
+        self._at = time.monotonic()  # when the last phase ended: the next one begins then
 
     async def run(self) -> PullResult:
         """Brings what there is."""
@@ -119,15 +120,15 @@ class Pull:
     @contextlib.contextmanager
     def _phase(self, span_type: spans.SpanType) -> Iterator[None]:
         """Times what is inside; its span says the same."""
-        began_at = time.monotonic()
+        began_at = self._at
         span = self._shards.telemetry.tracing.begin(span_type, at=began_at)
         try:
             with span.current():
                 yield
         finally:
-            ended_at = time.monotonic()
-            self._times_s[span_type.name] = ended_at - began_at
-            span.end(ended_at)
+            self._at = time.monotonic()
+            self._times_s[span_type.name] = self._at - began_at
+            span.end(self._at)
 
     async def _look_up(self, shard: Shard, indices: list[int]) -> None:
         """Leases the longest sealed prefix of one shard's keys, MAX_KEYS at a time."""

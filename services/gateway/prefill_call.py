@@ -34,6 +34,7 @@ async def call_prefill(
         request, timeout=PREFILL_TIMEOUT_S
     )
     lost: list[str] = []
+    is_answered = False
 
     def lose(reason: str) -> None:
         lost.append(reason)
@@ -48,15 +49,19 @@ async def call_prefill(
                 elif event == "closing":
                     on_closing(response.closing)
                 elif event == "finished":
-                    instance.see_off(call)
+                    is_answered = True
                     return response.finished
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     except asyncio.CancelledError:
-        call.cancel()
         if not lost:  # the request's task is being cancelled, not the call by `lose`
             raise
         raise _gone(instance, lost[0]) from None
+    finally:
+        if is_answered:
+            instance.see_off(call)
+        else:
+            call.cancel()
     raise _gone(instance, "the call ended without an answer")
 
 

@@ -157,14 +157,14 @@ class Prompt:
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
         pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
+        self._compute_started_at = time.monotonic()
         num_cached = pulled.num_blocks * block_tokens
+        self._trace.begin(self._compute_started_at, num_tokens - num_cached)
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
         tenant = tenant_id(request.cache_salt)
         self._sending = Sending(worker, self._keys, pulled.num_blocks, self._tail_key, tenant)
         self._num_sent = pulled.num_blocks
         self._sequence.num_computed = num_cached
-        self._compute_started_at = time.monotonic()
-        self._trace.begin(self._compute_started_at, num_tokens - num_cached)
         worker.engine.add(self._sequence)
         return prefill_pb2.PrefillStarted(
             num_cached_tokens=num_cached,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -189,7 +188,7 @@ class Mesh:
         self.held: list[tuple[list[int], Settled]] = []
         self.reader = InMemoryMetricReader()
         meters = MeterProvider([self.reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"), Folds())
+        self.telemetry = Telemetry(None, meters.get_meter("test"), Folds())
         self._servers: dict[str, ServiceServer] = {}
         self._clients: list[KvStoreClient] = []
 

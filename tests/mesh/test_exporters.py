@@ -14,6 +14,7 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from mesh import spans
 from mesh.export_plan import ExportPlan
 from mesh.instruments import RECORDED, declare
 from mesh.metric import Kind
@@ -73,12 +74,12 @@ def http_receiver() -> Iterator[tuple[str, type[_Receiver]]]:
 def test_otlp_over_http_reaches_both_paths() -> None:
     with http_receiver() as (endpoint, received):
         telemetry = start(otlp_endpoint=endpoint, otlp_protocol="http/protobuf")
-        with telemetry.tracer.start_as_current_span("seen"):
+        with telemetry.tracing.span(spans.QUEUE):
             telemetry.instruments.requests.add(3, {"state": "completed"})
         telemetry.close()
-        (spans,) = received.bodies["/v1/traces"]
-        request = trace_service_pb2.ExportTraceServiceRequest.FromString(spans)
-        assert request.resource_spans[0].scope_spans[0].spans[0].name == "seen"
+        (body,) = received.bodies["/v1/traces"]
+        request = trace_service_pb2.ExportTraceServiceRequest.FromString(body)
+        assert request.resource_spans[0].scope_spans[0].spans[0].name == spans.QUEUE.name
         metrics = received.bodies["/v1/metrics"][-1]
         exported = metrics_service_pb2.ExportMetricsServiceRequest.FromString(metrics)
         names = {m.name for m in exported.resource_metrics[0].scope_metrics[0].metrics}
@@ -134,11 +135,11 @@ def test_the_console_gets_both_signals_and_stdout_neither(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     telemetry = start(traces_exporter=("console",), metrics_exporter=("console",))
-    with telemetry.tracer.start_as_current_span("shown"):
+    with telemetry.tracing.span(spans.QUEUE):
         telemetry.instruments.requests.add(1, {"state": "completed"})
     telemetry.close()
     out, err = capfd.readouterr()
-    assert "shown" in err and "kvmesh.requests" in err and out == ""
+    assert f'"name": "{spans.QUEUE.name}"' in err and "kvmesh.requests" in err and out == ""
 
 
 def test_what_a_dead_receiver_loses_is_counted() -> None:
@@ -152,7 +153,7 @@ def test_what_a_dead_receiver_loses_is_counted() -> None:
             metrics_exporter=("otlp", "prometheus"),
             metrics_port=0,
         )
-        with telemetry.tracer.start_as_current_span("lost"):
+        with telemetry.tracing.span(spans.QUEUE):
             pass
         lost = 'kvmesh_telemetry_dropped_total{signal="spans"} 1.0'
         never = threading.Event()
@@ -170,7 +171,7 @@ def test_spans_that_the_queue_has_no_room_for_are_counted(monkeypatch: pytest.Mo
         endpoint = f"http://127.0.0.1:{black_hole.getsockname()[1]}"
         telemetry = start(otlp_traces_endpoint=endpoint)
         for _ in range(3000):
-            telemetry.tracer.start_span("one").end()
+            telemetry.tracing.begin(spans.QUEUE).end()
         exporters = telemetry._exporters
         assert exporters is not None
         assert exporters.num_dropped()["spans"] >= 3000 - 2 * 520
@@ -183,9 +184,9 @@ def test_no_combination_of_flags_fails_to_start(
     protocol: str, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mesh.telemetry.CLOSE_TIMEOUT_S", 0.02)
-    spans = [(), ("otlp",), ("console",), ("none",), ("otlp", "console")]
+    traces = [(), ("otlp",), ("console",), ("none",), ("otlp", "console")]
     metrics = [(), ("otlp",), ("prometheus",), ("none",), ("otlp", "prometheus", "console")]
-    for traces_exporter, metrics_exporter, off in itertools.product(spans, metrics, (False, True)):
+    for traces_exporter, metrics_exporter, off in itertools.product(traces, metrics, (False, True)):
         telemetry = start(
             otlp_endpoint=endpoint,
             otlp_protocol=protocol,

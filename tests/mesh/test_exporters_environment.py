@@ -73,7 +73,7 @@ def test_no_combination_fails(environ: dict[str, str], flags: list[str]) -> None
         telemetry = start(environ, flags)
         telemetry.instruments.kv_prefix_tokens.add(1, {"result": "hit"})
         telemetry.folds.series("decode_step_gap").record(0.1)
-        with telemetry.tracer.start_as_current_span("one"):
+        with telemetry.tracing.span(spans.QUEUE):
             pass
         telemetry.close()
 

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
+from mesh import spans
 from mesh.errors import Internal, invalid
 from mesh.instruments import Instruments
 from mesh.service_settings import ServiceSettings
@@ -23,6 +24,7 @@ from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.toy_service import ToyServer, ToyServicer, no_telemetry, toy_server
 
 WAIT_S = 20.0
+ABORT = "kvmesh.v1.GenerationService/Abort"
 CLOSE_S = 2.0
 
 
@@ -53,7 +55,7 @@ def relay_to(toy: ToyServer, telemetry: Telemetry) -> ToyServicer:
     """A front server that asks another, inside a span of its own."""
 
     async def generate(request: Any, context: Any) -> AsyncIterator[Any]:
-        with telemetry.tracer.start_as_current_span("choose"):
+        with telemetry.tracing.span(spans.QUEUE):
             await toy.generation.Abort(gateway_pb2.AbortRequest())
         yield gateway_pb2.GenerateResponse()
 
@@ -74,9 +76,9 @@ async def test_one_trace_spans_two_servers(receiver: OtlpReceiver) -> None:
         await generate(toy)
     back.close()
     front.close()
-    spans = {span.name: span for span in receiver.spans}
-    root, choose = spans["Generate"], spans["choose"]
-    last = spans["GenerationService/Abort"]
+    named = {span.name: span for span in receiver.spans}
+    root, choose = named[spans.GENERATE.name], named[spans.QUEUE.name]
+    last = named[ABORT]
     assert root.parent_id == "" and choose.parent_id == root.span_id
     assert last.parent_id == choose.span_id
     assert {root.trace_id, choose.trace_id, last.trace_id} == {root.trace_id}
@@ -86,11 +88,11 @@ async def test_one_trace_spans_two_servers(receiver: OtlpReceiver) -> None:
 
 async def test_a_trace_goes_on_from_a_traceparent_in_a_message(receiver: OtlpReceiver) -> None:
     telemetry = start("decode", receiver.endpoint)
-    with telemetry.tracer.start_as_current_span("prefill"):
+    with telemetry.tracing.span(spans.PREFILL):
         carried = telemetry.traceparent()
     assert telemetry.traceparent() == ""
     context = telemetry.context(carried)
-    with telemetry.tracer.start_as_current_span("decode", context=context):
+    with telemetry.tracing.span(spans.DECODE, parent=context):
         pass
     assert telemetry.context("") is None
     telemetry.close()
@@ -118,7 +120,7 @@ async def test_a_failed_call_says_so_on_its_span(
         with pytest.raises(grpc.aio.AioRpcError):
             await toy.generation.Abort(gateway_pb2.AbortRequest())
     telemetry.close()
-    (span,) = receiver.spans_named("GenerationService/Abort")
+    (span,) = receiver.spans_named(ABORT)
     assert span.is_error is is_error and span.attributes["rpc.response.status_code"] == code
 
 
@@ -202,7 +204,7 @@ def test_a_dead_endpoint_is_mentioned_once(caplog: pytest.LogCaptureFixture) -> 
         logging.getLogger("kvmesh.telemetry").addHandler(handler)
         telemetry.instruments.requests.add(1)
         assert heard.wait(WAIT_S)
-        with telemetry.tracer.start_as_current_span("lost"):
+        with telemetry.tracing.span(spans.QUEUE):
             pass
         telemetry.close()
         logging.getLogger("kvmesh.telemetry").removeHandler(handler)

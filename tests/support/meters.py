@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -20,7 +19,7 @@ class Meters:
         folds = Folds()
         self._reader: InMemoryMetricReader = folded(InMemoryMetricReader, folds)()
         meters = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.telemetry = Telemetry(trace.NoOpTracer(), meters.get_meter("test"), folds)
+        self.telemetry = Telemetry(None, meters.get_meter("test"), folds)
 
     def totals(self, name: str) -> Counter[tuple[str, ...]]:
         """Of a metric, by the values of its attributes; of a histogram its sums."""

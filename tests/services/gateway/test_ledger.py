@@ -23,8 +23,9 @@ def finished(clock: list[float]) -> Ledger:
     ledger = Ledger(arrived_at=100.0)
     clock[0] = 100.04
     ledger.on_call()
-    times_s = {"queue_s": 0.12, "lookup_s": 0.01, "get_s": 0.04, "verify_s": 0.02}
-    ledger.on_started(prefill_pb2.PrefillStarted(**times_s))
+    ledger.on_started(
+        prefill_pb2.PrefillStarted(queue_s=0.12, lookup_s=0.01, get_s=0.04, verify_s=0.02)
+    )
     ledger.prefill_s, ledger.put_s = 0.3, 0.03
     for at, event in ((0.5, ledger.on_token), (0.6, lambda: ledger.on_admitted(0.05))):
         clock[0] = 100.0 + at

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -75,7 +74,7 @@ class TieredStore:
         self.mover = Mover(
             index=self.index,
             arena_num_bytes=self.arena.num_bytes,
-            telemetry=Telemetry(trace.NoOpTracer(), meters.get_meter("test"), Folds()),
+            telemetry=Telemetry(None, meters.get_meter("test"), Folds()),
             clock=lambda: self.now,
         )
 
