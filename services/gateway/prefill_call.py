@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -34,7 +35,7 @@ async def call_prefill(
         request, timeout=PREFILL_TIMEOUT_S
     )
     lost: list[str] = []
-    is_answered = False
+    finished = None
 
     def lose(reason: str) -> None:
         lost.append(reason)
@@ -42,15 +43,7 @@ async def call_prefill(
 
     try:
         with instance.when_lost(lose):
-            while (response := await call.read()) is not END:
-                event = response.WhichOneof("event")
-                if event == "started":
-                    on_started(response.started)
-                elif event == "closing":
-                    on_closing(response.closing)
-                elif event == "finished":
-                    is_answered = True
-                    return response.finished
+            finished = await _read(call, on_started, on_closing)
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
     except asyncio.CancelledError:
@@ -58,11 +51,30 @@ async def call_prefill(
             raise
         raise _gone(instance, lost[0]) from None
     finally:
-        if is_answered:
-            instance.see_off(call)
-        else:
+        if finished is None:
             call.cancel()
-    raise _gone(instance, "the call ended without an answer")
+        else:
+            instance.see_off(call)
+    if finished is None:
+        raise _gone(instance, "the call ended without an answer")
+    return finished
+
+
+async def _read(
+    call: Any,  # grpcio has no type for the end of a stream
+    on_started: Callable[[prefill_pb2.PrefillStarted], None],
+    on_closing: Callable[[prefill_pb2.PrefillClosing], None],
+) -> prefill_pb2.PrefillFinished | None:
+    """The answer; None when the call ends without one."""
+    while (response := await call.read()) is not END:
+        event = response.WhichOneof("event")
+        if event == "started":
+            on_started(response.started)
+        elif event == "closing":
+            on_closing(response.closing)
+        elif event == "finished":
+            return response.finished
+    return None
 
 
 def _gone(instance: Instance, why: str) -> Unavailable:
