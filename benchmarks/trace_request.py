@@ -5,8 +5,9 @@
 Runs a mesh of processes and one OTLP receiver, and sends prompts cold and then warm, one at a time.
 Correctness first: both answers of a prompt are the same tokens, and every trace is whole. The parts
 are durations of spans of two processes plus the gateway's figure for the messages between them;
-their sum is compared with the time to first token as the gateway measured it. The client's own
-time has its messages to and from the gateway on top: their moments are on this machine's clock.
+their sum is compared with the time to first token as the gateway measured it. That figure is a
+difference of durations; it is compared with the two gaps that the spans leave on this machine's
+clock. The client's own time has its messages to and from the gateway on top.
 """
 
 from __future__ import annotations
@@ -57,11 +58,17 @@ class Sums:
     client_ms: float
     to_gateway_ms: float
     from_gateway_ms: float
+    gaps_ms: float
 
     @property
     def gateway_error_ms(self) -> float:
         """Against the gateway's time to first token."""
         return sum(self.parts_ms.values()) - self.first_token_ms
+
+    @property
+    def wire_error_ms(self) -> float:
+        """Of the messages between gateway and prefill, against the gaps between their spans."""
+        return self.parts_ms["wire"] - self.gaps_ms
 
     @property
     def client_error_ms(self) -> float:
@@ -113,7 +120,8 @@ def sums_of(tree: TraceTree, request: Traced) -> Sums:
     if bool(attributes[spans.CACHED_TOKENS]) != (request.kind == "warm"):
         raise ValueError(f"{request.kind}: {attributes[spans.CACHED_TOKENS]} tokens from the store")
     first_token_s = attributes[spans.FIRST_TOKEN_S]
-    queue = next(s for s in tree.named("queue", service="gateway"))
+    (queue,), (there,) = (tree.named("queue", service=role) for role in ("gateway", "prefill"))
+    (put,) = tree.named("put")
     first_ns = queue.start_ns + first_token_s * 1e9
     return Sums(
         parts_ms={name: 1e3 * part_s for name, part_s in tree.first_token_parts_s().items()},
@@ -121,6 +129,7 @@ def sums_of(tree: TraceTree, request: Traced) -> Sums:
         client_ms=(request.first_ns - request.sent_ns) / 1e6,
         to_gateway_ms=(start_ns - request.sent_ns) / 1e6,
         from_gateway_ms=(request.first_ns - first_ns) / 1e6,
+        gaps_ms=(there.start_ns - queue.end_ns + first_ns - put.end_ns) / 1e6,
     )
 
 
@@ -159,6 +168,7 @@ def row_of(kind: str, sums: list[Sums]) -> dict[str, object]:
             name: round(statistics.median(s.parts_ms[name] for s in sums), 3) for name in names
         },
         "sum_against_gateway_ms": spread([s.gateway_error_ms for s in sums]),
+        "wire_against_gaps_ms": spread([s.wire_error_ms for s in sums]),
         "sum_against_client_ms": spread([s.client_error_ms for s in sums]),
         "client_minus_gateway_ms": spread([s.client_ms - s.first_token_ms for s in sums]),
     }

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kv.errors import TransferTimeout
 from mesh import spans
@@ -29,7 +29,8 @@ _MAX_WAIT_S = RPC_TIMEOUT_S / 2
 class PullResult:
     """What a pull brought: the first num_blocks are in place and verified.
 
-    Its seconds: of the lookup, of the transfer, of the lease's end and the digests beside it.
+    Its seconds: of the lookup, of the transfer, of the lease's end and the digests beside it. They
+    follow each other without a gap until ended_at, on the monotonic clock.
     """
 
     num_blocks: int
@@ -37,6 +38,12 @@ class PullResult:
     lookup_s: float = 0.0
     get_s: float = 0.0
     verify_s: float = 0.0
+    ended_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def began_at(self) -> float:
+        """When the lookup began, on the monotonic clock."""
+        return self.ended_at - self.lookup_s - self.get_s - self.verify_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,6 +100,7 @@ class Pull:
             lookup_s=times_s.get(spans.LOOKUP.name, 0.0),
             get_s=times_s.get(spans.GET.name, 0.0),
             verify_s=times_s.get(spans.VERIFY.name, 0.0),
+            ended_at=self._at,
         )
 
     async def _run(self) -> int:

@@ -151,13 +151,13 @@ class Prompt:
         num_tokens, block_tokens = len(self._token_ids), worker.block_tokens
         blocks = await worker.engine.allocate(-(-num_tokens // block_tokens), request.priority)
         self._sequence.blocks = blocks
-        self._trace.on_memory(self._arrived_at, time.monotonic())
         # The last token is always computed here: its logits choose the first token.
         num_reusable = (num_tokens - 1) // block_tokens
         if request.HasField("prompt_logprobs"):
             num_reusable = 0
         pulled, _ = await worker.pull(self._keys[:num_reusable], blocks)
-        self._compute_started_at = time.monotonic()
+        self._compute_started_at = pulled.ended_at
+        self._trace.on_memory(self._arrived_at, pulled.began_at)
         num_cached = pulled.num_blocks * block_tokens
         self._trace.begin(self._compute_started_at, num_tokens - num_cached)
         worker.telemetry.instruments.kv_prefix_tokens.add(num_cached, {"result": "hit"})
