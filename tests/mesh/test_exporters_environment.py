@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mesh import spans
 from mesh.service_settings import ServiceSettings
 from mesh.settings import parse_settings
 from mesh.telemetry import Telemetry
