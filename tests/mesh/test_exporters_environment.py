@@ -74,7 +74,7 @@ def test_no_combination_fails(environ: dict[str, str], flags: list[str]) -> None
         telemetry = start(environ, flags)
         telemetry.instruments.kv_prefix_tokens.add(1, {"result": "hit"})
         telemetry.folds.series("decode_step_gap").record(0.1)
-        with telemetry.tracing.span(spans.PUBLISH):
+        with telemetry.tracing.span(spans.QUEUE):
             pass
         telemetry.close()
 

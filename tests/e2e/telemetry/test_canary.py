@@ -22,7 +22,7 @@ def test_every_signal_was_there_to_be_searched(loud_run: LoudRun) -> None:
     """What a request leaves behind on purpose is found in each: the search looks at the right."""
     evidence = loud_run.mesh.evidence()
     for place, told in (
-        ("OTLP", "kv.put"),
+        ("OTLP", "publish"),
         ("OTLP", "kvmesh.decode.step.tokens"),
         ("/metrics", "kvmesh_decode_step_tokens_bucket"),
         ("status", "decode_steps"),
@@ -30,7 +30,7 @@ def test_every_signal_was_there_to_be_searched(loud_run: LoudRun) -> None:
     ):
         assert told in evidence[place], place
     logs = "".join(text for place, text in evidence.items() if place.startswith("log of"))
-    for told in ("internal error, incident", "Traceback", '"level": "debug"', '"name": "kv.put"'):
+    for told in ("internal error, incident", "Traceback", '"level": "debug"', '"name": "publish"'):
         assert told in logs, told
 
 
