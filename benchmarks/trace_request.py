@@ -168,11 +168,8 @@ def row_of(kind: str, sums: list[Sums]) -> dict[str, object]:
             name: round(statistics.median(s.parts_ms[name] for s in sums), 3) for name in names
         },
         "sum_against_gateway_ms": spread([s.gateway_error_ms for s in sums]),
-<<<<<<< HEAD
-=======
         "client_to_gateway_ms_p50": round(statistics.median(s.to_gateway_ms for s in sums), 3),
         "gateway_to_client_ms_p50": round(statistics.median(s.from_gateway_ms for s in sums), 3),
->>>>>>> spans
         "wire_against_gaps_ms": spread([s.wire_error_ms for s in sums]),
         "sum_against_client_ms": spread([s.client_error_ms for s in sums]),
         "client_minus_gateway_ms": spread([s.client_ms - s.first_token_ms for s in sums]),

@@ -41,12 +41,7 @@ class RequestTrace:
         """Around one try on the instance at host:port; its failure is the next one's cause."""
         attributes: dict[str, Value] = {spans.ATTEMPT: number}
         if self._tracing.is_on:
-<<<<<<< HEAD
-            host, _, port = address.rpartition(":")
-            attributes |= {spans.SERVER_ADDRESS: host, spans.SERVER_PORT: int(port)}
-=======
             attributes |= _server(address)
->>>>>>> spans
         if number > 1:
             attributes[spans.CAUSE] = self._cause
         with self._tracing.span(span_type, attributes=attributes) as span:
@@ -127,10 +122,6 @@ def _short(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-<<<<<<< HEAD
-def _reason(reason: int) -> str:
-    return common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
-=======
 def _server(address: str) -> dict[str, Value]:
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
@@ -142,4 +133,3 @@ def _reason(reason: int) -> str:
     """A number that this gateway does not know stays one."""
     known = common_pb2.FinishReason.DESCRIPTOR.values_by_number.get(reason)
     return known.name.removeprefix("FINISH_REASON_").lower() if known else str(reason)
->>>>>>> spans
