@@ -30,7 +30,7 @@ def test_every_signal_was_there_to_be_searched(loud_run: LoudRun) -> None:
     ):
         assert told in evidence[place], place
     logs = "".join(text for place, text in evidence.items() if place.startswith("log of"))
-    for told in ("internal error, incident", "Traceback", '"level": "debug"', '"name": "publish"'):
+    for told in ('"message": "incident ', "Traceback", '"level": "debug"', '"name": "publish"'):
         assert told in logs, told
 
 
