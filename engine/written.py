@@ -7,7 +7,7 @@ except in `wait`.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Callable
 
 import torch
@@ -28,6 +28,7 @@ class WrittenMark:
         self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=is_cuda)
         self._host = self._seen.numpy()
         self._num_steps = 0
+        self._never = threading.Event()
 
     def next_step(self) -> int:
         """The number of the step that is launched now."""
@@ -54,5 +55,5 @@ class WrittenMark:
         while not self.has(number):
             if is_over():
                 return self.has(number)
-            time.sleep(_POLL_S)
+            self._never.wait(_POLL_S)
         return True
