@@ -93,7 +93,8 @@ def load_cuda_runner(
     progress: Progress = lambda line: None,
 ) -> CudaRunner:
     """As load_runner; on a CPU over the kernels' twins, for tests."""
-    config, target = ModelConfig.load(model_dir), torch.device(device)
+    target = torch.device(device)
+    config = _supported(ModelConfig.load(model_dir), target)
     precision = Precision.resolve(config, options.dtype, options.kv_dtype, target)
     layout = block_layout(config, options.block_tokens, precision.kv_dtype)
     tables = _tables_for(target, options.tables_dir, progress)
@@ -124,6 +125,13 @@ def load_cuda_runner(
     if target.type == "cuda":
         progress(f"memory: {DeviceMemory.of(target)}")
     return runner
+
+
+def _supported(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """The config; ModelError if the device has no kernels for it."""
+    if config.moe is not None and device.type == "cuda":
+        raise ModelError(f"device: {device}; {config.architecture} runs on a CPU only")
+    return config
 
 
 def _memory_plan(

@@ -23,6 +23,8 @@ from kernels.fused_qkv import qkv_finish
 from kernels.kv_pages import KvPages
 from kernels.kv_write import kv_write
 from kernels.linear import ROW_TILE, exact_tiles, linear, prepare_weight
+from kernels.moe_gemm import ExpertWeights, moe_mlp, prepare_experts
+from kernels.moe_routing import Routed, Routing, moe_route
 from kernels.paged_attention import Group, exact_rows, make_group, paged_attention, scratch_size
 from kernels.paged_decode import DecodeConfig, paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -44,12 +46,15 @@ __all__ = [
     "DecodeConfig",
     "DecodePlan",
     "DecodeWorkspace",
+    "ExpertWeights",
     "Fp8Rows",
     "Group",
     "KvPages",
     "PrefillPlan",
     "Product",
     "Quantise",
+    "Routed",
+    "Routing",
     "TileTables",
     "Weight",
     "add_rmsnorm",
@@ -66,12 +71,15 @@ __all__ = [
     "linear",
     "make_group",
     "max_decode_splits",
+    "moe_mlp",
+    "moe_route",
     "paged_attention",
     "paged_decode",
     "paged_prefill",
     "prefill_plan",
     "prefill_tile_tokens",
     "prefill_tiles",
+    "prepare_experts",
     "prepare_weight",
     "publish",
     "qkv_finish",

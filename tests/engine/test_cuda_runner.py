@@ -12,18 +12,19 @@ import torch
 from engine.cuda_graphs import GraphBuckets, GraphPool, bucket_sizes
 from engine.cuda_runner import CudaRunner
 from engine.cuda_step import CudaStep
+from engine.errors import ModelError
 from engine.plan import UNKNOWN_TOKEN, Chunk, ChunkResult, SampleRequest, SamplingParams
 from engine.prompt_graphs import MAX_PROMPTS, MAX_ROWS, prompt_sizes
 from engine.runner import ModelRunner
 from engine.runners import RunnerOptions, load_cuda_runner
 from engine.sampler import LogitsError
-from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_models import FAMILIES, make_tiny_model
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_TOKENS = 16
 
 
-@pytest.fixture(scope="session", params=["llama", "mistral", "qwen2", "qwen3"])
+@pytest.fixture(scope="session", params=FAMILIES)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each family."""
     path = tmp_path_factory.mktemp(f"cuda-{request.param}")
@@ -242,3 +243,9 @@ def test_prompts_together_in_a_graph_are_those_alone(model: Path, num_prompts: i
     together = runner.hidden_states(chunks)
     for number, alone in enumerate(chunks):
         assert torch.equal(runner.hidden_states([alone])[0], together[number]), number
+
+
+def test_a_mixture_of_experts_is_refused_on_a_gpu(tmp_path: Path) -> None:
+    make_tiny_model("mixtral", tmp_path)
+    with pytest.raises(ModelError, match="device: cuda; MixtralForCausalLM runs on a CPU only"):
+        load_cuda_runner(tmp_path, device="cuda", options=RunnerOptions(num_blocks=1))
