@@ -74,14 +74,19 @@ class Decoder:
         weight_format: WeightFormat = WeightFormat.PLAIN,
         tables: ops.TileTables | None = None,
         rmsnorm_warps: int | None = None,
+        moe_align: str = "auto",
     ) -> None:
         """context_len: positions to prepare for, the model's own limit without it; tables,
-        rmsnorm_warps: how kernels run on a GPU, see ops.prepare_weight and ops.rmsnorm.
+        rmsnorm_warps, moe_align: how kernels run on a GPU, see ops.prepare_weight, ops.rmsnorm and
+        ops.alignment, whose ValueError may come.
         """
         self._config = config
         self._embed, self._norm = parameters["embed"], parameters["norm"]
         self._quantise: ops.Quantise | None = _QUANTISE[weight_format]
         self._tables, self._warps = tables, rmsnorm_warps
+        # Only there is anything aligned: elsewhere nothing foreign is imported.
+        on_gpu = config.moe is not None and self._embed.is_cuda
+        self._align = ops.alignment(moe_align) if on_gpu else ops.moe_align
         self._tiles: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._head = self._weight(parameters, "head")
         self._layers = [self._layer(parameters, index) for index in range(config.num_layers)]
@@ -192,7 +197,8 @@ class Decoder:
             ops.prepare_experts(parameters[name], parameters.get(f"{name}.scale"), self._tiles)
             for name in (f"{prefix}experts_gate_up", f"{prefix}experts_down")
         )
-        return SparseMlp(moe, self._weight(parameters, prefix + "router"), gate_up, down, **kinds)
+        router = self._weight(parameters, prefix + "router")
+        return SparseMlp(moe, router, gate_up, down, align=self._align, **kinds)
 
     def _weight(self, parameters: Parameters, name: str) -> ops.Weight:
         scales, bias = parameters.get(f"{name}.scale"), parameters.get(f"{name}.bias")

@@ -68,10 +68,12 @@ class SparseMlp:
         *,
         dtype: torch.dtype,
         quantise: ops.Quantise | None,
+        align: ops.Align,
     ) -> None:
+        """align: see ops.moe_mlp."""
         self._routing, self._router = moe.routing, router
         self._gate_up, self._down = gate_up, down
-        self._dtype = dtype
+        self._dtype, self._align = dtype, align
         self._quantise: ops.Quantise | None = quantise
 
     def forward(self, x: Rows, *, pdl: bool) -> torch.Tensor:
@@ -82,5 +84,5 @@ class SparseMlp:
         if self._quantise is not None:
             rows = ops.quantise(x, ops.GROUP if self._quantise == "group" else None, pdl=pdl)
         return ops.moe_mlp(
-            rows, routed, self._gate_up, self._down, dtype=self._dtype, quantise=self._quantise
+            rows, routed, self._gate_up, self._down, dtype=self._dtype, align=self._align
         )

@@ -43,7 +43,8 @@ class RunnerOptions:
     dtype, kv_dtype, load_format: see engine.loading. kv_bytes, num_blocks: size of the cache;
     without both it is what is left of memory_fraction of the GPU (a CPU needs one). The others are
     for a GPU: max_batch, chunk_tokens: the largest step there will be; pdl, graphs: see CudaRunner;
-    rmsnorm_warps: warps per row; tables_dir: the user's own tile tables.
+    rmsnorm_warps: warps per row; moe_align: see ops.alignment; tables_dir: the user's own tile
+    tables.
     """
 
     dtype: str = "auto"
@@ -58,6 +59,7 @@ class RunnerOptions:
     pdl: bool = True
     graphs: bool = True
     rmsnorm_warps: int | None = None
+    moe_align: str = "auto"
     tables_dir: Path | None = None
 
 
@@ -93,8 +95,7 @@ def load_cuda_runner(
     progress: Progress = lambda line: None,
 ) -> CudaRunner:
     """As load_runner; on a CPU over the kernels' twins, for tests."""
-    target = torch.device(device)
-    config = _supported(ModelConfig.load(model_dir), target)
+    config, target = ModelConfig.load(model_dir), torch.device(device)
     precision = Precision.resolve(config, options.dtype, options.kv_dtype, target)
     layout = block_layout(config, options.block_tokens, precision.kv_dtype)
     tables = _tables_for(target, options.tables_dir, progress)
@@ -109,6 +110,7 @@ def load_cuda_runner(
         progress=progress,
         tables=tables,
         rmsnorm_warps=options.rmsnorm_warps,
+        moe_align=options.moe_align,
     )
     runner = CudaRunner(
         config,
@@ -125,13 +127,6 @@ def load_cuda_runner(
     if target.type == "cuda":
         progress(f"memory: {DeviceMemory.of(target)}")
     return runner
-
-
-def _supported(config: ModelConfig, device: torch.device) -> ModelConfig:
-    """The config; ModelError if the device has no kernels for it."""
-    if config.moe is not None and device.type == "cuda":
-        raise ModelError(f"device: {device}; {config.architecture} runs on a CPU only")
-    return config
 
 
 def _memory_plan(

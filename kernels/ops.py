@@ -23,8 +23,10 @@ from kernels.fused_qkv import qkv_finish
 from kernels.kv_pages import KvPages
 from kernels.kv_write import kv_write
 from kernels.linear import ROW_TILE, exact_tiles, linear, prepare_weight
-from kernels.moe_gemm import ExpertWeights, moe_mlp, prepare_experts
+from kernels.moe_align import ALIGN_SOURCES, Align, alignment, moe_align
+from kernels.moe_gemm import moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
+from kernels.moe_weights import ExpertWeights, prepare_experts
 from kernels.paged_attention import Group, exact_rows, make_group, paged_attention, scratch_size
 from kernels.paged_decode import DecodeConfig, paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -39,10 +41,12 @@ from kernels.tiles import TileTables, attention_key, width_key
 from kernels.weight import Weight
 
 __all__ = [
+    "ALIGN_SOURCES",
     "EMPTY_TILE",
     "GROUP",
     "ROW_TILE",
     "SPLIT_TOKENS",
+    "Align",
     "DecodeConfig",
     "DecodePlan",
     "DecodeWorkspace",
@@ -58,6 +62,7 @@ __all__ = [
     "TileTables",
     "Weight",
     "add_rmsnorm",
+    "alignment",
     "argmax_rows",
     "attention_key",
     "block_digest",
@@ -71,6 +76,7 @@ __all__ = [
     "linear",
     "make_group",
     "max_decode_splits",
+    "moe_align",
     "moe_mlp",
     "moe_route",
     "paged_attention",

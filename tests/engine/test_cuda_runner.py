@@ -12,7 +12,6 @@ import torch
 from engine.cuda_graphs import GraphBuckets, GraphPool, bucket_sizes
 from engine.cuda_runner import CudaRunner
 from engine.cuda_step import CudaStep
-from engine.errors import ModelError
 from engine.plan import UNKNOWN_TOKEN, Chunk, ChunkResult, SampleRequest, SamplingParams
 from engine.prompt_graphs import MAX_PROMPTS, MAX_ROWS, prompt_sizes
 from engine.runner import ModelRunner
@@ -243,9 +242,3 @@ def test_prompts_together_in_a_graph_are_those_alone(model: Path, num_prompts: i
     together = runner.hidden_states(chunks)
     for number, alone in enumerate(chunks):
         assert torch.equal(runner.hidden_states([alone])[0], together[number]), number
-
-
-def test_a_mixture_of_experts_is_refused_on_a_gpu(tmp_path: Path) -> None:
-    make_tiny_model("mixtral", tmp_path)
-    with pytest.raises(ModelError, match="device: cuda; MixtralForCausalLM runs on a CPU only"):
-        load_cuda_runner(tmp_path, device="cuda", options=RunnerOptions(num_blocks=1))

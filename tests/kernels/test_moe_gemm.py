@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kernels.fp8_quant import FP8, GROUP, Fp8Rows, Quantise, quantise
-from kernels.moe_gemm import ExpertWeights, moe_mlp, prepare_experts
+from kernels.moe_gemm import moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
+from kernels.moe_weights import ExpertWeights, prepare_experts
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 6, 128, 256, 3
 FORMATS: dict[str, tuple[torch.dtype, Quantise | None]] = {
@@ -48,7 +49,7 @@ def _run(
     rows: torch.Tensor | Fp8Rows = x.to(dtype)
     if kind is not None:
         rows = quantise(x.to(dtype), GROUP if kind == "group" else None)
-    return moe_mlp(rows, routed, gate_up, down, dtype=dtype, quantise=kind)
+    return moe_mlp(rows, routed, gate_up, down, dtype=dtype)
 
 
 @pytest.mark.parametrize(("form", "limit"), [("fp32", 1e-6), ("bf16", 0.01), ("channel", 0.06)])
@@ -80,3 +81,15 @@ def test_a_tokens_bits_do_not_depend_on_the_others(form: str) -> None:
 def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scales \[5\]"):
         prepare_experts(torch.zeros(2, 8, 16).to(FP8), torch.ones(2, 5))
+
+
+def test_rows_of_another_format_are_refused() -> None:
+    gate_up, down = _experts(2 * INNER, HIDDEN, "channel"), _experts(HIDDEN, INNER, "channel")
+    x, routed = torch.randn(2, 2 * GROUP), _routed(2)
+    with pytest.raises(ValueError, match="x with 2 scales a row for experts .* take 1"):
+        moe_mlp(quantise(x, GROUP), routed, gate_up, down, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="x of torch.float32 for experts of torch.float8"):
+        moe_mlp(x, routed, gate_up, down, dtype=torch.bfloat16)
+    plain = _experts(2 * INNER, HIDDEN, "bf16")
+    with pytest.raises(ValueError, match="take none"):
+        moe_mlp(quantise(x), routed, plain, down, dtype=torch.bfloat16)
