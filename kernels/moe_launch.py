@@ -21,28 +21,29 @@ from kernels.moe_routing import Routed
 from kernels.moe_weights import ExpertWeights
 
 _COMBINE = 1024
+_NUM_STAGES = 3
+"""Two programs of gate and up share a multiprocessor's memory while tiles have 16 tokens."""
 _BLOCK_N = GROUP
 """Of gate and up, so that a program sees all values of a scale behind SiLU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sizes:
-    """One launch's blocks: tokens a tile, rows of down a program, warps, stages."""
+    """One launch's blocks: tokens a tile, rows of down a program, warps."""
 
     tile_size: int
     down_n: int
     num_warps: int
-    num_stages: int
 
 
 def _sizes(num_pairs: int, num_experts: int) -> _Sizes:
     """By the mean number of tokens an expert gets: 16 while weights' bytes are the floor."""
     mean = num_pairs / num_experts
     if mean <= 16:
-        return _Sizes(tile_size=16, down_n=64, num_warps=4, num_stages=4)
+        return _Sizes(tile_size=16, down_n=64, num_warps=4)
     if mean <= 64:
-        return _Sizes(tile_size=64, down_n=128, num_warps=4, num_stages=3)
-    return _Sizes(tile_size=128, down_n=128, num_warps=8, num_stages=3)
+        return _Sizes(tile_size=64, down_n=128, num_warps=8)
+    return _Sizes(tile_size=128, down_n=128, num_warps=8)
 
 
 def launch_moe(
@@ -169,7 +170,7 @@ def _constants(weight: ExpertWeights, sizes: _Sizes, block_n: int) -> dict[str, 
         "BLOCK_M": sizes.tile_size,
         # 128 bytes: what a line of shared memory and a scale's group hold.
         "BLOCK_K": GROUP // weight.values.itemsize,
-        "NUM_STAGES": sizes.num_stages,
+        "NUM_STAGES": _NUM_STAGES,
         "PER_CHANNEL": scales is not None and scales.dim() == 2,
         "BLOCK_SCALED": scales is not None and scales.dim() == 3,
         "num_warps": sizes.num_warps,
