@@ -14,10 +14,12 @@ from typing import Any
 
 from engine.config_check import flag, positive_float, positive_int, refuse, refuse_option
 from engine.errors import ModelError
+from engine.moe_config import MoeConfig, moe_config
 from engine.quantisation import BLOCK, WeightFormat, checkpoint_format
 
 # transformers' rope_theta where no key gives one.
 _DEFAULT_THETA = 10_000.0
+_MIXTRAL_THETA = 1_000_000.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything the decoder needs to know."""
+    """Everything the decoder needs to know.
+
+    intermediate_size: of the dense layers; moe: the experts of the others, None without any.
+    """
 
     architecture: str
     vocab_size: int
@@ -53,6 +58,7 @@ class ModelConfig:
     qk_norm: bool
     eos_token_ids: frozenset[int]
     checkpoint_format: WeightFormat = WeightFormat.PLAIN
+    moe: MoeConfig | None = None
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
@@ -92,6 +98,10 @@ class ModelConfig:
                     f"eos_token_id {token_id} is not in the vocabulary of {self.vocab_size}"
                 )
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's feed-forward is a mixture of experts."""
+        return self.moe is not None and layer in self.moe.sparse_layers
+
     @property
     def q_size(self) -> int:
         """Width of all query heads."""
@@ -123,6 +133,8 @@ class ModelConfig:
             "query heads * head_dim": self.q_size,
             "key heads * head_dim": self.kv_size,
         }
+        if self.moe is not None:
+            sizes["an expert's intermediate size"] = self.moe.intermediate_size
         for name, size in sizes.items():
             if size % BLOCK:
                 raise ModelError(
@@ -140,6 +152,7 @@ class ModelConfig:
         head_dim = raw["head_dim"] if qwen3 else raw.get("head_dim")
         if head_dim is None and not qwen3:
             head_dim = hidden_size // num_heads
+        num_layers = positive_int("num_hidden_layers", raw["num_hidden_layers"])
         attention_bias = flag(raw, "attention_bias")
         tie_embeddings = flag(raw, "tie_word_embeddings")
         return cls(
@@ -147,32 +160,34 @@ class ModelConfig:
             vocab_size=positive_int("vocab_size", raw["vocab_size"]),
             hidden_size=hidden_size,
             intermediate_size=positive_int("intermediate_size", raw["intermediate_size"]),
-            num_layers=positive_int("num_hidden_layers", raw["num_hidden_layers"]),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=positive_int(
                 "num_key_value_heads", num_heads if num_kv_heads is None else num_kv_heads
             ),
             head_dim=positive_int("head_dim", head_dim),
             rms_norm_eps=positive_float("rms_norm_eps", raw["rms_norm_eps"]),
-            rope=_rope(raw),
+            rope=_rope(raw, architecture),
             context_len=positive_int("max_position_embeddings", raw["max_position_embeddings"]),
             tie_embeddings=tie_embeddings,
             qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
             output_bias=architecture != "Qwen2ForCausalLM" and attention_bias,
             mlp_bias=flag(raw, "mlp_bias"),
-            qk_norm=qwen3,
+            qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
             eos_token_ids=eos,
             checkpoint_format=checkpoint_format(raw, tie_embeddings=tie_embeddings),
+            moe=moe_config(raw, architecture, num_layers),
         )
 
 
-def _rope(raw: Mapping[str, Any]) -> RopeConfig:
+def _rope(raw: Mapping[str, Any], architecture: str) -> RopeConfig:
     """Both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
     source, scaling = _rope_parameters(raw)
     per_layer = sorted(name for name, value in scaling.items() if isinstance(value, dict))
     if per_layer:
         raise ModelError(f"{source} per layer type ({per_layer}) is not supported")
-    theta = scaling.get("rope_theta", raw.get("rope_theta", _DEFAULT_THETA))
+    default = _MIXTRAL_THETA if architecture == "MixtralForCausalLM" else _DEFAULT_THETA
+    theta = scaling.get("rope_theta", raw.get("rope_theta", default))
     theta = positive_float("rope_theta", theta)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     refuse_option("partial_rotary_factor", scaling)

@@ -17,12 +17,29 @@ from engine.errors import ModelError
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 _MAX_INT = 2**31 - 1
-# sliding_window of Mistral, Qwen2 and Qwen3 where the key is absent, as transformers sets it.
+# sliding_window of the others where the key is absent, as transformers sets it.
 _DEFAULT_WINDOW = 4096
+_NO_DEFAULT_WINDOW = ("LlamaForCausalLM", "MixtralForCausalLM")
+# Only these read use_sliding_window; elsewhere a window that is set is used.
+_SWITCHED_WINDOW = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+_BIASED = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+# Options of the table below that engine/moe_config.py reads.
+_READ: dict[str, set[str]] = {
+    "MixtralForCausalLM": {"num_experts", "num_local_experts"},
+    "Qwen3MoeForCausalLM": {
+        "num_experts",
+        "num_local_experts",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "norm_topk_prob",
+    },
+}
 
 _FLAG = (None, False)
 _MULTIPLIER = (None, 1)
@@ -84,7 +101,24 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
         ),
         _MULTIPLIER,
     ),
-    **dict.fromkeys(("num_experts", "num_local_experts"), _COUNT),
+    **dict.fromkeys(
+        (
+            "n_shared_experts",
+            "num_experts",
+            "num_local_experts",
+            "num_shared_experts",
+            "shared_expert_intermediate_size",
+        ),
+        _COUNT,
+    ),
+    # How tokens are routed: softmax over all experts, top-k, renormalised.
+    **dict.fromkeys(
+        ("decoder_sparse_step", "n_group", "routed_scaling_factor", "topk_group"), _MULTIPLIER
+    ),
+    "mlp_only_layers": (None, []),
+    "norm_topk_prob": (None, True),
+    "scoring_func": (None, "softmax"),
+    "topk_method": (None, "greedy"),
     # Of the scales none is neutral at 1: each stands in place of a number that is not 1.
     **dict.fromkeys(
         (
@@ -112,14 +146,14 @@ def refuse(raw: Mapping[str, Any]) -> str:
     """The architecture; ModelError for whatever would change the arithmetic."""
     architecture = _architecture(raw)
     for name in _NEUTRAL:
-        refuse_option(name, raw)
+        if name not in _READ.get(architecture, ()):
+            refuse_option(name, raw)
     for name in ("quantization_config", "compression_config"):
         if not isinstance(raw.get(name), dict | None):
             raise ModelError(f"{name} is {raw[name]!r}; it must be an object or null")
     _refuse_layers(raw)
     _refuse_window(raw, architecture)
-    biased = ("LlamaForCausalLM", "Qwen3ForCausalLM")
-    if flag(raw, "attention_bias") and architecture not in biased:
+    if flag(raw, "attention_bias") and architecture not in _BIASED:
         raise ModelError(f"attention_bias is not part of {architecture}")
     if flag(raw, "mlp_bias") and architecture != "LlamaForCausalLM":
         raise ModelError(f"mlp_bias is not part of {architecture}")
@@ -151,6 +185,14 @@ def positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_INT:
         raise ModelError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_INT}")
     return value
+
+
+def non_negative_ints(name: str, value: object) -> frozenset[int]:
+    """The values of a list of integers from 0; none for null."""
+    values = [] if value is None else value
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise ModelError(f"{name} is {value!r}; it must be a list of integers from 0, or null")
+    return frozenset(values)
 
 
 def positive_float(name: str, value: object) -> float:
@@ -186,11 +228,10 @@ def _refuse_layers(raw: Mapping[str, Any]) -> None:
 
 
 def _refuse_window(raw: Mapping[str, Any], architecture: str) -> None:
-    """Only Qwen2 and Qwen3 read use_sliding_window; elsewhere a window that is set is used."""
-    switched = architecture in ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-    if switched and not flag(raw, "use_sliding_window"):
+    """ModelError for a window that would be used and is smaller than the context."""
+    if architecture in _SWITCHED_WINDOW and not flag(raw, "use_sliding_window"):
         return
-    default = None if architecture == "LlamaForCausalLM" else _DEFAULT_WINDOW
+    default = None if architecture in _NO_DEFAULT_WINDOW else _DEFAULT_WINDOW
     window = raw.get("sliding_window", default)
     if window is None:
         return

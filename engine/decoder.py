@@ -14,12 +14,10 @@ import torch
 
 from engine.attention import Attention
 from engine.config import ModelConfig, RopeConfig
+from engine.mlp import DenseMlp, Mlp, Rows, SparseMlp
 from engine.quantisation import WeightFormat
 from engine.weights import Parameters
 from kernels import ops
-
-Rows = torch.Tensor | ops.Fp8Rows
-"""Activations [num_rows, width]: the model's dtype, or FP8 with scales in front of FP8 weights."""
 
 # How activations are quantised in front of weights of a format.
 _QUANTISE: dict[WeightFormat, ops.Quantise | None] = {
@@ -53,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
-    """Parameters of one layer."""
+    """Parameters of one layer's attention and norms, and its feed-forward."""
 
     input_norm: torch.Tensor
     qkv: ops.Weight
@@ -61,12 +59,11 @@ class _Layer:
     k_norm: torch.Tensor | None
     output: ops.Weight
     post_norm: torch.Tensor
-    gate_up: ops.Weight
-    down: ops.Weight
+    mlp: Mlp
 
 
 class Decoder:
-    """Llama, Mistral, Qwen2 and Qwen3, as their transformers implementations compute them."""
+    """Every supported architecture, as its transformers implementation computes it."""
 
     def __init__(
         self,
@@ -77,19 +74,29 @@ class Decoder:
         weight_format: WeightFormat = WeightFormat.PLAIN,
         tables: ops.TileTables | None = None,
         rmsnorm_warps: int | None = None,
+        moe_align: str = "auto",
     ) -> None:
         """context_len: positions to prepare for, the model's own limit without it; tables,
-        rmsnorm_warps: how kernels run on a GPU, see ops.prepare_weight and ops.rmsnorm.
+        rmsnorm_warps, moe_align: how kernels run on a GPU, see ops.prepare_weight, ops.rmsnorm and
+        ops.alignment, whose ValueError may come.
         """
         self._config = config
         self._embed, self._norm = parameters["embed"], parameters["norm"]
         self._quantise: ops.Quantise | None = _QUANTISE[weight_format]
         self._tables, self._warps = tables, rmsnorm_warps
+        # Only there is anything aligned: elsewhere nothing foreign is imported.
+        on_gpu = config.moe is not None and self._embed.is_cuda
+        self._align = ops.alignment(moe_align) if on_gpu else ops.moe_align
         self._tiles: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._head = self._weight(parameters, "head")
         self._layers = [self._layer(parameters, index) for index in range(config.num_layers)]
-        # Of the embedding a step reads a row a token, unless it is the head.
-        distinct = {id(tensor): tensor for name, tensor in parameters.items() if name != "embed"}
+        # Of the embedding a step reads a row a token, unless it is the head; which experts it reads
+        # the tokens decide.
+        distinct = {
+            id(tensor): tensor
+            for name, tensor in parameters.items()
+            if name != "embed" and ".experts_" not in name
+        }
         self._step_num_bytes = sum(tensor.nbytes for tensor in distinct.values())
         # [context_len, head_dim]
         self._cos, self._sin = ops.rope_tables(
@@ -117,10 +124,10 @@ class Decoder:
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             x = self._attention(index, x, batch, pages)
-            x, residual = ops.add_rmsnorm(x, residual, layer.post_norm, eps, quantise=kind, **how)
-            x = ops.linear(x, layer.gate_up, dtype=self.dtype, partial=True, pdl=pdl)
-            x = ops.silu_mul(x, quantise=kind, dtype=self.dtype, pdl=pdl)
-            x = ops.linear(x, layer.down, dtype=self.dtype, partial=True, pdl=pdl)
+            x, residual = ops.add_rmsnorm(
+                x, residual, layer.post_norm, eps, quantise=layer.mlp.input_kind, **how
+            )
+            x = layer.mlp.forward(x, pdl=pdl)
             norm = self._norm if index == last else self._layers[index + 1].input_norm
             kept = None if index == last else kind  # the head is not quantised
             x, residual = ops.add_rmsnorm(x, residual, norm, eps, quantise=kept, **how)
@@ -177,9 +184,21 @@ class Decoder:
             k_norm=parameters.get(prefix + "k_norm"),
             output=self._weight(parameters, prefix + "o"),
             post_norm=parameters[prefix + "post_norm"],
-            gate_up=self._weight(parameters, prefix + "gate_up"),
-            down=self._weight(parameters, prefix + "down"),
+            mlp=self._mlp(parameters, index, prefix),
         )
+
+    def _mlp(self, parameters: Parameters, index: int, prefix: str) -> Mlp:
+        kinds: dict[str, Any] = {"dtype": self.dtype, "quantise": self._quantise}
+        moe = self._config.moe
+        if moe is None or not self._config.is_sparse(index):
+            gate_up, down = (self._weight(parameters, prefix + n) for n in ("gate_up", "down"))
+            return DenseMlp(gate_up, down, **kinds)
+        gate_up, down = (
+            ops.prepare_experts(parameters[name], parameters.get(f"{name}.scale"), self._tiles)
+            for name in (f"{prefix}experts_gate_up", f"{prefix}experts_down")
+        )
+        router = self._weight(parameters, prefix + "router")
+        return SparseMlp(moe, router, gate_up, down, align=self._align, **kinds)
 
     def _weight(self, parameters: Parameters, name: str) -> ops.Weight:
         scales, bias = parameters.get(f"{name}.scale"), parameters.get(f"{name}.bias")

@@ -32,8 +32,11 @@ def dummy_weights(
         if name.endswith(".scale") or (name == "head" and config.tie_embeddings):
             continue
         scales = parameters.get(f"{name}.scale")
-        if parameter.dim() == 2:
-            std = 1.0 if name == "embed" else parameter.shape[1] ** -0.5
+        if parameter.dim() > 1:
+            std = 1.0 if name == "embed" else parameter.shape[-1] ** -0.5
+            if parameter.dim() == 3:  # experts, one above the other
+                parameter = parameter.flatten(0, 1)
+                scales = None if scales is None else scales.flatten(0, 1)
             _fill(parameter, scales, std, generator)
         else:
             mean = 0.0 if name.endswith(".bias") else 1.0

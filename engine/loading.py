@@ -116,6 +116,7 @@ def load_decoder_and_cache(
     progress: Callable[[str], None],
     tables: ops.TileTables | None = None,
     rmsnorm_warps: int | None = None,
+    moe_align: str = "auto",
 ) -> tuple[Decoder, KvCache]:
     """Takes the memory of the plan."""
     progress(str(plan))
@@ -132,5 +133,6 @@ def load_decoder_and_cache(
         weight_format=precision.weight_format,
         tables=tables,
         rmsnorm_warps=rmsnorm_warps,
+        moe_align=moe_align,
     )
     return decoder, cache

@@ -43,7 +43,8 @@ class RunnerOptions:
     dtype, kv_dtype, load_format: see engine.loading. kv_bytes, num_blocks: size of the cache;
     without both it is what is left of memory_fraction of the GPU (a CPU needs one). The others are
     for a GPU: max_batch, chunk_tokens: the largest step there will be; pdl, graphs: see CudaRunner;
-    rmsnorm_warps: warps per row; tables_dir: the user's own tile tables.
+    rmsnorm_warps: warps per row; moe_align: see ops.alignment; tables_dir: the user's own tile
+    tables.
     """
 
     dtype: str = "auto"
@@ -58,6 +59,7 @@ class RunnerOptions:
     pdl: bool = True
     graphs: bool = True
     rmsnorm_warps: int | None = None
+    moe_align: str = "auto"
     tables_dir: Path | None = None
 
 
@@ -108,6 +110,7 @@ def load_cuda_runner(
         progress=progress,
         tables=tables,
         rmsnorm_warps=options.rmsnorm_warps,
+        moe_align=options.moe_align,
     )
     runner = CudaRunner(
         config,

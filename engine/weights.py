@@ -1,7 +1,8 @@
 """Streams safetensors into the decoder's fused parameters.
 
-Owns the table from checkpoint names to parameters, FP8 ones too. Never reads .bin or .pt (pickle),
-never keeps a second copy of the checkpoint.
+Owns where a tensor of the checkpoint goes, FP8 ones too; which there are is in
+engine/layer_shapes.py. Never reads .bin or .pt (pickle), never keeps a second copy of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,19 +17,9 @@ from safetensors import SafetensorError, safe_open
 
 from engine.config import ModelConfig
 from engine.errors import ModelError
+from engine.layer_shapes import Shape, layer_shapes
 from engine.quantisation import BLOCK, FP8, WeightFormat, quantise_rows
 
-# Parts of a fused parameter, in order.
-_FUSED = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "o": ("self_attn.o_proj",),
-    "down": ("mlp.down_proj",),
-    "input_norm": ("input_layernorm",),
-    "post_norm": ("post_attention_layernorm",),
-    "q_norm": ("self_attn.q_norm",),
-    "k_norm": ("self_attn.k_norm",),
-}
 # Names of scales in checkpoints of each format.
 _SCALES = {WeightFormat.CHANNEL: "weight_scale", WeightFormat.BLOCK: "weight_scale_inv"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,7 +46,8 @@ def load_weights(
     """All parameters by name: "embed", "norm", "head", "layers.{i}.{qkv,o,...}[.bias, .scale]".
 
     weight_format: the checkpoint's own, or CHANNEL to quantise a plain one. Scales are fp32: [N]
-    per channel, [N / 128, K / 128] per block. ModelError names missing, unexpected or misshaped
+    per channel, [N / 128, K / 128] per block; of stacked experts with their number in front.
+    ModelError names missing, unexpected or misshaped
     tensors.
     """
     files = _files(model_dir)  # before any memory is taken
@@ -94,79 +86,72 @@ def allocate(
     """(uninitialised parameters by our name, places in them by checkpoint name)."""
     parameters: Parameters = {}
     places: dict[str, Place] = {}
+    is_plain = config.checkpoint_format is WeightFormat.PLAIN
 
-    def add(name: str, sources: list[str], rows: tuple[int, ...], *columns: int) -> None:
-        whole = parameters[name] = torch.empty(sum(rows), *columns, device=device, dtype=dtype)
-        for source, part in zip(sources, whole.split(rows), strict=True):
-            places[source] = Place(target=part)
+    def add(name: str, prefix: str, shape: Shape, kind: str = "weight") -> None:
+        columns = shape.columns if kind == "weight" else ()
+        whole = parameters[name] = torch.empty(
+            *_stack(shape), sum(shape.rows), *columns, device=device, dtype=dtype
+        )
+        for source, (part,) in _parts(prefix, shape, (whole, shape.rows)):
+            places[f"{source}.{kind}"] = Place(target=part)
 
-    vocabulary, hidden = (config.vocab_size,), config.hidden_size
-    add("embed", ["model.embed_tokens.weight"], vocabulary, hidden)
-    add("norm", ["model.norm.weight"], (hidden,))
+    table, columns = (config.vocab_size,), (config.hidden_size,)
+    add("embed", "", Shape(parts=("model.embed_tokens",), rows=table, columns=columns))
+    add("norm", "", Shape(parts=("model.norm",), rows=columns))
     if config.tie_embeddings:
         parameters["head"] = parameters["embed"]
     else:
-        add("head", ["lm_head.weight"], vocabulary, hidden)
-    is_plain = config.checkpoint_format is WeightFormat.PLAIN
+        add("head", "", Shape(parts=("lm_head",), rows=table, columns=columns))
     for layer in range(config.num_layers):
-        for name, shape in _layer_shapes(config).items():
-            sources = [f"model.layers.{layer}.{part}" for part in _FUSED[name]]
-            fused = f"layers.{layer}.{name}"
-            if weight_format is not WeightFormat.PLAIN and shape.columns:
-                values = _fp8(fused, sources, shape, weight_format, is_plain, device)
+        for name, shape in layer_shapes(config, layer).items():
+            prefix, fused = f"model.layers.{layer}.", f"layers.{layer}.{name}"
+            quantised = weight_format is not WeightFormat.PLAIN and shape.is_projection
+            if quantised and shape.columns:
+                values = _fp8(fused, prefix, shape, weight_format, is_plain, device)
                 parameters.update(values[0])
                 places.update(values[1])
             else:
-                weights = [f"{source}.weight" for source in sources]
-                add(fused, weights, shape.rows, *shape.columns)
+                add(fused, prefix, shape)
             if shape.has_bias:
-                add(f"{fused}.bias", [f"{source}.bias" for source in sources], shape.rows)
+                add(f"{fused}.bias", prefix, shape, "bias")
     return parameters, places
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """Rows of each part, columns (none for a norm), and whether there is a bias."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...] = ()
-    has_bias: bool = False
+def _stack(shape: Shape) -> tuple[int, ...]:
+    return () if shape.num_experts is None else (shape.num_experts,)
 
 
-def _layer_shapes(config: ModelConfig) -> dict[str, _Shape]:
-    q_size, kv_size = config.q_size, config.kv_size
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = {
-        "qkv": _Shape(rows=(q_size, kv_size, kv_size), columns=(hidden,), has_bias=config.qkv_bias),
-        "o": _Shape(rows=(hidden,), columns=(q_size,), has_bias=config.output_bias),
-        "gate_up": _Shape(rows=(inner, inner), columns=(hidden,), has_bias=config.mlp_bias),
-        "down": _Shape(rows=(hidden,), columns=(inner,), has_bias=config.mlp_bias),
-        "input_norm": _Shape(rows=(hidden,)),
-        "post_norm": _Shape(rows=(hidden,)),
-    }
-    if config.qk_norm:
-        shapes["q_norm"] = shapes["k_norm"] = _Shape(rows=(config.head_dim,))
-    return shapes
+def _parts(
+    prefix: str, shape: Shape, *wholes: tuple[torch.Tensor, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
+    """(checkpoint name, its part of every whole), expert by expert; a whole comes with the rows of
+    its parts.
+    """
+    for expert in range(shape.num_experts or 1):
+        one = [whole if shape.num_experts is None else whole[expert] for whole, _ in wholes]
+        splits = [part.split(rows) for part, (_, rows) in zip(one, wholes, strict=True)]
+        for source, *parts in zip(shape.parts, *splits, strict=True):
+            yield prefix + source.format(expert), tuple(parts)
 
 
 def _fp8(
     fused: str,
-    sources: list[str],
-    shape: _Shape,
+    prefix: str,
+    shape: Shape,
     weight_format: WeightFormat,
     is_plain: bool,
     device: torch.device,
 ) -> tuple[Parameters, dict[str, Place]]:
     """Values and scales of one fused FP8 weight; is_plain: the checkpoint is not FP8 itself."""
-    num_rows, num_columns = sum(shape.rows), shape.columns[0]
-    values = torch.empty(num_rows, num_columns, device=device, dtype=FP8)
+    num_rows, num_columns, stack = sum(shape.rows), shape.columns[0], _stack(shape)
+    values = torch.empty(*stack, num_rows, num_columns, device=device, dtype=FP8)
     step = BLOCK if weight_format is WeightFormat.BLOCK else 1
-    scale_rows = [-(-n // step) for n in shape.rows]
+    scale_rows = tuple(-(-n // step) for n in shape.rows)
     scale_shape = (sum(scale_rows), -(-num_columns // BLOCK)) if step > 1 else (num_rows,)
-    scales = torch.empty(scale_shape, device=device, dtype=torch.float32)
+    scales = torch.empty(*stack, *scale_shape, device=device, dtype=torch.float32)
     places: dict[str, Place] = {}
-    parts = zip(sources, values.split(shape.rows), scales.split(scale_rows), strict=True)
-    for source, value, scale in parts:
+    for source, (value, scale) in _parts(prefix, shape, (values, shape.rows), (scales, scale_rows)):
         if is_plain:
             places[f"{source}.weight"] = Place(target=value, scales=scale)
             continue

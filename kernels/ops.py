@@ -23,6 +23,10 @@ from kernels.fused_qkv import qkv_finish
 from kernels.kv_pages import KvPages
 from kernels.kv_write import kv_write
 from kernels.linear import ROW_TILE, exact_tiles, linear, prepare_weight
+from kernels.moe_align import ALIGN_SOURCES, Align, alignment, moe_align
+from kernels.moe_gemm import moe_mlp
+from kernels.moe_routing import Routed, Routing, moe_route
+from kernels.moe_weights import ExpertWeights, prepare_experts
 from kernels.paged_attention import Group, exact_rows, make_group, paged_attention, scratch_size
 from kernels.paged_decode import DecodeConfig, paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -37,22 +41,28 @@ from kernels.tiles import TileTables, attention_key, width_key
 from kernels.weight import Weight
 
 __all__ = [
+    "ALIGN_SOURCES",
     "EMPTY_TILE",
     "GROUP",
     "ROW_TILE",
     "SPLIT_TOKENS",
+    "Align",
     "DecodeConfig",
     "DecodePlan",
     "DecodeWorkspace",
+    "ExpertWeights",
     "Fp8Rows",
     "Group",
     "KvPages",
     "PrefillPlan",
     "Product",
     "Quantise",
+    "Routed",
+    "Routing",
     "TileTables",
     "Weight",
     "add_rmsnorm",
+    "alignment",
     "argmax_rows",
     "attention_key",
     "block_digest",
@@ -66,12 +76,16 @@ __all__ = [
     "linear",
     "make_group",
     "max_decode_splits",
+    "moe_align",
+    "moe_mlp",
+    "moe_route",
     "paged_attention",
     "paged_decode",
     "paged_prefill",
     "prefill_plan",
     "prefill_tile_tokens",
     "prefill_tiles",
+    "prepare_experts",
     "prepare_weight",
     "publish",
     "qkv_finish",

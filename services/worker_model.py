@@ -39,6 +39,7 @@ def load_model(
         max_batch=settings.max_batch,
         chunk_tokens=settings.chunk_tokens,
         rmsnorm_warps=settings.rmsnorm_warps,
+        moe_align=settings.moe_align,
     )
     return load_runner(settings.model, device=settings.device, options=options, progress=progress)
 

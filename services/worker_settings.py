@@ -94,3 +94,10 @@ class WorkerSettings(ServiceSettings):
         env="RMSNORM_WARPS",
         parse=parse_warps,
     )
+    moe_align: str = setting(
+        "auto",
+        group="kernels",
+        help="who sorts tokens by expert on a GPU; auto is vLLM's kernel where vLLM can be "
+        "imported, else kvmesh's",
+        choices=("auto", "kvmesh", "vllm"),
+    )

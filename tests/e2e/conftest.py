@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mesh import Mesh, running_mesh
-from tests.support.tiny_models import make_tiny_model
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from tests.support.tiny_models import FAMILIES, make_tiny_model
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

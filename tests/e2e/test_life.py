@@ -10,7 +10,13 @@ import grpc
 import pytest
 
 from protos import gateway_pb2
-from tests.support.generate import Answer, generate, greedy_request, sampled_request
+from tests.support.generate import (
+    Answer,
+    generate,
+    generate_through_a_kill,
+    greedy_request,
+    sampled_request,
+)
 from tests.support.mesh import Mesh, running_mesh, wait_ready
 
 NUM_REQUESTS = 2000
@@ -132,12 +138,5 @@ def test_a_killed_decode_rank_loses_and_doubles_no_token(wide_mesh: Mesh) -> Non
     prompt = list(range(100, 180))
     request = sampled_request(prompt, 400, seed=5)
     expected = generate(wide_mesh, request).tokens[0]
-    answer = Answer()
-    killed = False
-    for response in wide_mesh.generation.Generate(request, timeout=60):
-        answer.add(response)
-        if not killed and len(answer.tokens.get(0, [])) >= 30:
-            busy = [p for p in wide_mesh.decodes if wide_mesh.status(p.address).counts.num_requests]
-            busy[0].popen.kill()
-            killed = True
-    assert killed and answer.tokens[0] == expected
+    answer = generate_through_a_kill(wide_mesh, request, after=30)
+    assert answer.tokens[0] == expected

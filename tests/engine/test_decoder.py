@@ -25,6 +25,11 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}),
     ("qwen3", {}),
     ("qwen3", {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 3}),
+    ("mixtral", {}),
+    ("mixtral", {"num_local_experts": 7, "num_experts_per_tok": 1}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
+    ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 8}),
 ]
 
 

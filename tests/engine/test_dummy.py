@@ -22,14 +22,24 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig.load(path)
 
 
+@pytest.fixture(scope="module")
+def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A mixture of experts whose sizes are multiples of 128."""
+    path = tmp_path_factory.mktemp("dummy-experts")
+    make_tiny_model("mixtral", path, hidden_size=128, num_attention_heads=2, head_dim=64)
+    return ModelConfig.load(path)
+
+
 def make(config: ModelConfig, weight_format: WeightFormat, seed: int = 0) -> Parameters:
     return dummy_weights(config, device=CPU, dtype=BF16, weight_format=weight_format, seed=seed)
 
 
 @pytest.mark.parametrize("weight_format", WeightFormat)
+@pytest.mark.parametrize("kind", ["config", "sparse_config"])
 def test_every_parameter_is_there_and_finite(
-    config: ModelConfig, weight_format: WeightFormat
+    request: pytest.FixtureRequest, kind: str, weight_format: WeightFormat
 ) -> None:
+    config = request.getfixturevalue(kind)
     made = make(config, weight_format)
     expected, _ = allocate(config, weight_format, device=CPU, dtype=BF16)
     assert made.keys() == expected.keys()
@@ -49,6 +59,23 @@ def test_projections_keep_activations_near_unit_size(
     elif scale is not None:
         weight *= scale[:, None]
     assert 0.7 < (torch.randn(64, 128) @ weight.t()).std() < 1.4
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_experts_keep_activations_near_unit_size(
+    sparse_config: ModelConfig, weight_format: WeightFormat
+) -> None:
+    made = make(sparse_config, weight_format)
+    name = "layers.1.experts_gate_up"
+    weights, scales = made[name].float(), made.get(f"{name}.scale")
+    if scales is not None and scales.dim() == 3:
+        weights *= scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+    elif scales is not None:
+        weights *= scales[..., None]
+    x = torch.randn(64, 128)
+    for weight in weights:
+        assert 0.7 < (x @ weight.t()).std() < 1.4
+    assert not torch.equal(weights[0], weights[1])
 
 
 def test_the_seed_decides(config: ModelConfig) -> None:

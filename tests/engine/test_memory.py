@@ -62,9 +62,12 @@ def test_impossible_arguments_are_refused() -> None:
         plan_memory(NEEDS, **BLOCK)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.CHANNEL])
-def test_weights_are_counted_exactly(tmp_path: Path, weight_format: WeightFormat) -> None:
-    make_tiny_model("qwen3", tmp_path)
+def test_weights_are_counted_exactly(
+    tmp_path: Path, weight_format: WeightFormat, family: str
+) -> None:
+    make_tiny_model(family, tmp_path, tie_word_embeddings=True)
     config, dtype = ModelConfig.load(tmp_path), torch.bfloat16
     parameters = load_weights(
         tmp_path,

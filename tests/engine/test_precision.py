@@ -56,6 +56,30 @@ def hidden(runner: ModelRunner, tokens: list[int], cuts: tuple[int, ...] = ()) -
     return torch.cat(parts)
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As models, of a mixture of experts."""
+    folder = tmp_path_factory.mktemp("precision-experts")
+    make_tiny_model("qwen3_moe", folder / "plain", moe_intermediate_size=128, **SIZES)
+    make_channel_checkpoint(folder / "plain", folder / "channel")
+    make_block_checkpoint(folder / "plain", folder / "block")
+    return {name: folder / name for name in ("plain", "channel", "block")}
+
+
+@pytest.mark.parametrize("model", ["plain", "channel", "block"])
+def test_fp8_experts_stay_near_the_exact_model_whatever_the_chunks(
+    experts: dict[str, Path], model: str
+) -> None:
+    tokens = tokens_of(70)
+    exact = hidden(load(experts["plain"], "fp32"), tokens)
+    runner = load(experts[model], "fp8")
+    whole = hidden(runner, tokens).clone()
+    # As below, over three layers; a router near a tie may choose another expert.
+    assert (whole.float() - exact).norm() < 0.25 * exact.norm()
+    for cuts in ((1,), (16, 33), (64, 65, 69)):
+        assert torch.equal(hidden(runner, tokens, cuts), whole), cuts
+
+
 @pytest.mark.parametrize(
     ("model", "dtype", "kv_dtype", "limit"),
     [

@@ -12,9 +12,8 @@ from engine.errors import ModelError
 from engine.plan import Chunk, SampleRequest, SamplingParams
 from engine.runner import ModelRunner
 from tests.support.reference import greedy_tokens
-from tests.support.tiny_models import make_tiny_model
+from tests.support.tiny_models import FAMILIES, make_tiny_model
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 GREEDY = SamplingParams(temperature=0.0)
 
 

@@ -59,6 +59,31 @@ def test_projections_are_fused_in_order(qwen2: Path) -> None:
     assert lines[-1] == "loading weights: 100 % (model.safetensors)"
 
 
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("mixtral", ("block_sparse_moe", "w1", "w3", "w2")),
+        ("qwen3_moe", ("mlp", "gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_experts_are_stacked_in_order(
+    tmp_path: Path, family: str, names: tuple[str, str, str, str]
+) -> None:
+    make_tiny_model(family, tmp_path)
+    raw, parameters = load_file(tmp_path / "model.safetensors"), load(tmp_path)
+    place = f"model.layers.1.{names[0]}."
+    gate, up, down = (f"{place}experts.3.{part}.weight" for part in names[1:])
+    gate_up = parameters["layers.1.experts_gate_up"][3]
+    assert torch.equal(gate_up, torch.cat((raw[gate], raw[up])))
+    assert torch.equal(parameters["layers.1.experts_down"][3], raw[down])
+    assert torch.equal(parameters["layers.1.router"], raw[f"{place}gate.weight"])
+    assert raw[f"{place}gate.weight"].std() > 0.1, "every token would go to the same experts"
+    assert ("layers.0.router" in parameters) == (family == "mixtral")
+    rewrite(tmp_path, {up: None})
+    with pytest.raises(ModelError, match=rf"1 tensors .* missing, first {up}"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_give_what_one_file_gives(tmp_path: Path, tied: bool) -> None:
     make_tiny_model("qwen3", tmp_path / "one", tie_word_embeddings=tied)

@@ -90,6 +90,33 @@ def test_block_scales_stay_with_their_part(plain: Path, tmp_path: Path) -> None:
         assert (close - wide).norm() < 0.04 * wide.norm()
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts whose projections have whole blocks; its first layer is dense."""
+    path = tmp_path_factory.mktemp("fp8-experts") / "plain"
+    make_tiny_model("qwen3_moe", path, **{**SIZES, "moe_intermediate_size": 128})
+    return path
+
+
+def test_experts_keep_their_own_scales(sparse: Path, tmp_path: Path) -> None:
+    make_channel_checkpoint(sparse, tmp_path / "channel")
+    make_block_checkpoint(sparse, tmp_path / "block")
+    exact, made = load(sparse, WeightFormat.PLAIN), load(sparse, WeightFormat.CHANNEL)
+    ready = load(tmp_path / "channel", WeightFormat.CHANNEL)
+    blocks = load(tmp_path / "block", WeightFormat.BLOCK)
+    assert blocks["layers.1.experts_gate_up.scale"].shape == (8, 2, 1)
+    assert ready["layers.1.experts_down.scale"].shape == (8, 128)
+    for name, tensor in ready.items():
+        assert torch.equal(tensor.view(torch.uint8), made[name].view(torch.uint8)), name
+    for name in ("layers.1.experts_gate_up", "layers.2.experts_down"):
+        for expert in range(8):
+            wide = exact[name][expert].float()
+            for parameters in (ready, blocks):
+                one = {n: parameters[n][expert] for n in (name, f"{name}.scale")}
+                assert (dequantised(one, name) - wide).norm() < 0.04 * wide.norm(), (name, expert)
+    assert made["layers.1.router"].dtype == torch.bfloat16
+
+
 def test_parts_that_are_not_whole_blocks_are_refused(tmp_path: Path) -> None:
     make_tiny_model("qwen3", tmp_path, **{**SIZES, "num_key_value_heads": 1})
     set_config(tmp_path, quantization_config=BLOCK_CONFIG)
@@ -128,6 +155,7 @@ GROUP = "config_groups.group_0"
         (changed("ignore", []), "lm_head must be ignored"),
         (changed("ignore", ["lm_head", "model.layers.3.mlp.down_proj"]), "'model.layers.3.mlp"),
         (changed("ignore", ["lm_head", "re:.*mlp.*"]), r"'re:\.\*mlp"),
+        (changed("ignore", ["lm_head", "re:.*experts.*w2$"]), r"'re:\.\*experts"),
         ({**BLOCK_CONFIG, "weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         ({**BLOCK_CONFIG, "activation_scheme": "static"}, "activation_scheme 'static'"),
         ({**BLOCK_CONFIG, "modules_to_not_convert": ["mlp.down_proj"]}, "leaves projections"),

@@ -55,6 +55,7 @@ def test_every_option_is_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         max_batch=5,
         chunk_tokens=77,
         rmsnorm_warps=8,
+        moe_align="kvmesh",
     )
     load_model(settings, print)
     assert seen["device"] == "cpu"
@@ -68,6 +69,7 @@ def test_every_option_is_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         max_batch=5,
         chunk_tokens=77,
         rmsnorm_warps=8,
+        moe_align="kvmesh",
     )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from engine.loading import LOAD_FORMATS
+from kernels.moe_align import ALIGN_SOURCES
 from kernels.rmsnorm import check_warps
 from mesh.settings import parse_settings
 from services.worker_settings import WorkerSettings, parse_warps
@@ -47,9 +48,10 @@ def test_another_load_format_is_refused_with_the_choices(
     assert f"argument --load-format: {value!r} is not one of auto, dummy" in message
 
 
-def test_the_load_formats_are_the_engines_own() -> None:
+def test_choices_are_the_engines_and_the_kernels_own() -> None:
     fields = {field.name: field.metadata for field in dataclasses.fields(WorkerSettings)}
     assert fields["load_format"]["choices"] == LOAD_FORMATS
+    assert fields["moe_align"]["choices"] == ALIGN_SOURCES
 
 
 def test_warps_are_the_tables_choice_unless_a_variable_or_flag_says_otherwise() -> None:

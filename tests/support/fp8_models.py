@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.quantisation import BLOCK, FP8, FP8_MAX, quantise_rows
 
+_PROJECTION = re.compile(r"(_proj|\.w[123])\.weight$")
 _SHARED = {"type": "float", "num_bits": 8, "symmetric": True}
 CHANNEL_CONFIG: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -55,7 +57,7 @@ def set_config(model_dir: Path, **changes: object) -> None:
 def _rewrite(source: Path, target: Path, settings: dict[str, Any], suffix: str, make: Any) -> None:
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+    for name in [name for name in tensors if _PROJECTION.search(name)]:
         tensors[name], scale = make(tensors[name])
         tensors[name.removesuffix("weight") + suffix] = scale
     save_file(tensors, target / "model.safetensors")

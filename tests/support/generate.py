@@ -65,3 +65,19 @@ def generate(mesh: Mesh, request: gateway_pb2.GenerateRequest) -> Answer:
     for response in mesh.generation.Generate(request, timeout=TIMEOUT_S):
         answer.add(response)
     return answer
+
+
+def generate_through_a_kill(
+    mesh: Mesh, request: gateway_pb2.GenerateRequest, *, after: int
+) -> Answer:
+    """Kills the decode rank that works once `after` tokens have come; the answer as it ends."""
+    answer = Answer()
+    killed = False
+    for response in mesh.generation.Generate(request, timeout=TIMEOUT_S):
+        answer.add(response)
+        if not killed and len(answer.tokens.get(0, [])) >= after:
+            busy = [p for p in mesh.decodes if mesh.status(p.address).counts.num_requests]
+            busy[0].popen.kill()
+            killed = True
+    assert killed, f"the answer ended before {after} tokens"
+    return answer

@@ -11,9 +11,11 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 NUM_BYTES = 256
@@ -26,8 +28,23 @@ CHAT_TEMPLATE = (
 _CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
+    "mixtral": MixtralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+}
+FAMILIES = tuple(_CONFIGS)
+# Three layers, the first of them dense; more experts than a token goes to.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
+    },
 }
 
 
@@ -62,6 +79,7 @@ def _settings(family: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": NUM_BYTES,
         "pad_token_id": None,
+        **_EXPERTS.get(family, {}),
     }
     if family == "qwen2":
         del settings["head_dim"]
