@@ -32,7 +32,7 @@ from kernels.fp8_quant import FP8, GROUP, Fp8Rows, quantise
 from kernels.moe_align import ALIGN_SOURCES, Align, alignment
 from kernels.moe_gemm import _moe_torch, moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
-from kernels.moe_weights import ExpertWeights, prepare_experts
+from kernels.weight_stack import WeightStack, prepare_stack
 
 NUM_EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 FORMATS = ("channel", "block", "plain")
@@ -47,7 +47,7 @@ _PEER_LIMIT = 8e-2
 _COPY_NUM_BYTES = 2**28
 _SKEW = 3.0
 
-Layer = tuple[ExpertWeights, ExpertWeights]
+Layer = tuple[WeightStack, WeightStack]
 
 
 def main() -> None:
@@ -168,16 +168,16 @@ def _layer(form: str) -> Layer:
     return _experts(2 * INNER, HIDDEN, form), _experts(HIDDEN, INNER, form)
 
 
-def _experts(num_rows: int, width: int, form: str) -> ExpertWeights:
+def _experts(num_rows: int, width: int, form: str) -> WeightStack:
     values = torch.randn(NUM_EXPERTS, num_rows, width, device="cuda") * width**-0.5
     if form == "plain":
-        return prepare_experts(values.bfloat16())
+        return prepare_stack(values.bfloat16())
     if form == "channel":
         rows = quantise(values.flatten(0, 1))
         scales = rows.scales.view(NUM_EXPERTS, num_rows)
-        return prepare_experts(rows.values.view(values.shape), scales)
+        return prepare_stack(rows.values.view(values.shape), scales)
     scales = torch.rand(NUM_EXPERTS, num_rows // GROUP, width // GROUP, device="cuda") / 50 + 0.02
-    return prepare_experts((values * 50).to(FP8), scales)
+    return prepare_stack((values * 50).to(FP8), scales)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 
 from kernels.fp8_quant import GROUP
 from kernels.moe_routing import Routed
-from kernels.moe_weights import ExpertWeights
+from kernels.weight_stack import WeightStack
 
 Call = Callable[[], torch.Tensor]
 _VLLM = "vllm.model_executor.layers.fused_moe"
@@ -22,7 +22,7 @@ _LIGHTLLM = "lightllm.common.fused_moe.grouped_fused_moe"
 
 
 def peer_call(
-    peer: str, x: torch.Tensor, routed: Routed, gate_up: ExpertWeights, down: ExpertWeights
+    peer: str, x: torch.Tensor, routed: Routed, gate_up: WeightStack, down: WeightStack
 ) -> Call | None:
     """The call of "vllm" or "lightllm" on x [num_tokens, H] bf16, tried once; None without it."""
     make = {"vllm": _vllm, "lightllm": _lightllm}[peer]
@@ -36,7 +36,7 @@ def peer_call(
     return call
 
 
-def _vllm(x: torch.Tensor, routed: Routed, gate_up: ExpertWeights, down: ExpertWeights) -> Call:
+def _vllm(x: torch.Tensor, routed: Routed, gate_up: WeightStack, down: WeightStack) -> Call:
     fused: Any = importlib.import_module(f"{_VLLM}.fused_moe").fused_experts
     config = None
     if gate_up.scales is not None and down.scales is not None:
@@ -63,7 +63,7 @@ def _vllm(x: torch.Tensor, routed: Routed, gate_up: ExpertWeights, down: ExpertW
     return call
 
 
-def _lightllm(x: torch.Tensor, routed: Routed, gate_up: ExpertWeights, down: ExpertWeights) -> Call:
+def _lightllm(x: torch.Tensor, routed: Routed, gate_up: WeightStack, down: WeightStack) -> Call:
     fused: Any = importlib.import_module(_LIGHTLLM).fused_experts_impl
 
     def call() -> torch.Tensor:

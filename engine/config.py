@@ -1,7 +1,7 @@
 """The model's shape and arithmetic, read from config.json.
 
-Owns how sizes and rotary embedding follow from the keys, as transformers reads them; what is
-refused is in engine/config_check.py. Never reads weights.
+Owns how sizes follow from the keys, as transformers reads them; rotary embedding, experts and MLA
+have files of their own, what is refused is in engine/config_check.py. Never reads weights.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.config_check import flag, positive_float, positive_int, refuse, refuse_option
+from engine.config_check import (
+    flag,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    refuse,
+)
 from engine.errors import ModelError
+from engine.mla_config import MlaConfig, mla_config
 from engine.moe_config import MoeConfig, moe_config
 from engine.quantisation import BLOCK, WeightFormat, checkpoint_format
-
-# transformers' rope_theta where no key gives one.
-_DEFAULT_THETA = 10_000.0
-_MIXTRAL_THETA = 1_000_000.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding: base, and the llama3 frequency scaling when `factor` is not 1."""
-
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_context_len: int = 0
+from engine.rope import RopeConfig, rope_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Everything the decoder needs to know.
 
-    intermediate_size: of the dense layers; moe: the experts of the others, None without any.
+    intermediate_size: of the dense layers; moe: the experts of the others, None without any. With
+    mla num_kv_heads and head_dim are those of the cache: one head of latents. num_extra_layers: of
+    a checkpoint, behind the last one, for multi-token prediction, and not read.
     """
 
     architecture: str
@@ -59,6 +54,8 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     checkpoint_format: WeightFormat = WeightFormat.PLAIN
     moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
+    num_extra_layers: int = 0
 
     @classmethod
     def load(cls, model_dir: Path) -> ModelConfig:
@@ -90,7 +87,7 @@ class ModelConfig:
             )
         if self.checkpoint_format is WeightFormat.BLOCK:
             self._check_blocks()
-        if self.head_dim % 2:
+        if self.mla is None and self.head_dim % 2:
             raise ModelError(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
@@ -127,12 +124,10 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         """Scales of 128 x 128 blocks: no block may reach over two parts of a fused weight."""
-        sizes = {
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "query heads * head_dim": self.q_size,
-            "key heads * head_dim": self.kv_size,
-        }
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        if self.mla is None:
+            sizes["query heads * head_dim"] = self.q_size
+            sizes["key heads * head_dim"] = self.kv_size
         if self.moe is not None:
             sizes["an expert's intermediate size"] = self.moe.intermediate_size
         for name, size in sizes.items():
@@ -145,14 +140,10 @@ class ModelConfig:
     def _build(cls, raw: Mapping[str, Any], architecture: str, eos: frozenset[int]) -> ModelConfig:
         num_heads = positive_int("num_attention_heads", raw["num_attention_heads"])
         hidden_size = positive_int("hidden_size", raw["hidden_size"])
-        # Only Llama's default is one KV head a head; elsewhere an absent key means another number.
-        llama = architecture == "LlamaForCausalLM"
-        num_kv_heads = raw.get("num_key_value_heads") if llama else raw["num_key_value_heads"]
-        qwen3 = architecture == "Qwen3ForCausalLM"
-        head_dim = raw["head_dim"] if qwen3 else raw.get("head_dim")
-        if head_dim is None and not qwen3:
-            head_dim = hidden_size // num_heads
         num_layers = positive_int("num_hidden_layers", raw["num_hidden_layers"])
+        rope = rope_config(raw, architecture)
+        mla = mla_config(raw, architecture, rope)
+        num_kv_heads, head_dim = _kv_shape(raw, architecture, mla)
         attention_bias = flag(raw, "attention_bias")
         tie_embeddings = flag(raw, "tie_word_embeddings")
         return cls(
@@ -162,12 +153,10 @@ class ModelConfig:
             intermediate_size=positive_int("intermediate_size", raw["intermediate_size"]),
             num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=positive_int(
-                "num_key_value_heads", num_heads if num_kv_heads is None else num_kv_heads
-            ),
-            head_dim=positive_int("head_dim", head_dim),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             rms_norm_eps=positive_float("rms_norm_eps", raw["rms_norm_eps"]),
-            rope=_rope(raw, architecture),
+            rope=rope,
             context_len=positive_int("max_position_embeddings", raw["max_position_embeddings"]),
             tie_embeddings=tie_embeddings,
             qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
@@ -177,55 +166,28 @@ class ModelConfig:
             eos_token_ids=eos,
             checkpoint_format=checkpoint_format(raw, tie_embeddings=tie_embeddings),
             moe=moe_config(raw, architecture, num_layers),
+            mla=mla,
+            num_extra_layers=non_negative_int(
+                "num_nextn_predict_layers", raw.get("num_nextn_predict_layers", 0)
+            ),
         )
 
 
-def _rope(raw: Mapping[str, Any], architecture: str) -> RopeConfig:
-    """Both spellings: rope_theta + rope_scaling, and transformers 5's rope_parameters."""
-    source, scaling = _rope_parameters(raw)
-    per_layer = sorted(name for name, value in scaling.items() if isinstance(value, dict))
-    if per_layer:
-        raise ModelError(f"{source} per layer type ({per_layer}) is not supported")
-    default = _MIXTRAL_THETA if architecture == "MixtralForCausalLM" else _DEFAULT_THETA
-    theta = scaling.get("rope_theta", raw.get("rope_theta", default))
-    theta = positive_float("rope_theta", theta)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    refuse_option("partial_rotary_factor", scaling)
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind != "llama3":
-        raise ModelError(
-            f"{source}: rope_type {kind!r} is not supported; supported: default, llama3"
-        )
-    names = ("factor", "low_freq_factor", "high_freq_factor")
-    factor, low, high = (positive_float(f"{source}.{name}", scaling[name]) for name in names)
-    if factor < 1.0 or not low < high:
-        raise ModelError(
-            f"{source}: factor {factor} must be at least 1 and low_freq_factor {low} less than "
-            f"high_freq_factor {high}"
-        )
-    # The key beside the object comes first, then the one in it.
-    name, context_len = "original_max_position_embeddings", raw["max_position_embeddings"]
-    original = raw.get(name, scaling.get(name, context_len))
-    return RopeConfig(
-        theta=theta,
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_context_len=positive_int(name, original),
+def _kv_shape(raw: Mapping[str, Any], architecture: str, mla: MlaConfig | None) -> tuple[int, int]:
+    """(KV heads, values of each) that the cache keeps."""
+    if mla is not None:
+        return 1, mla.latent_dim
+    num_heads, name = raw["num_attention_heads"], "num_key_value_heads"
+    # Only Llama's default is one KV head a head; elsewhere an absent key means another number.
+    num_kv_heads = raw.get(name) if architecture == "LlamaForCausalLM" else raw[name]
+    qwen3 = architecture == "Qwen3ForCausalLM"
+    head_dim = raw["head_dim"] if qwen3 else raw.get("head_dim")
+    if head_dim is None and not qwen3:
+        head_dim = raw["hidden_size"] // num_heads
+    return (
+        positive_int(name, num_heads if num_kv_heads is None else num_kv_heads),
+        positive_int("head_dim", head_dim),
     )
-
-
-def _rope_parameters(raw: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The key and its object: rope_scaling in place of rope_parameters, never a mixture.
-
-    Source: transformers' RotaryEmbeddingConfigMixin.convert_rope_params_to_dict.
-    """
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name), dict | None):
-            raise ModelError(f"{name} is {raw[name]!r}; it must be an object or null")
-    name = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    return name, raw.get(name) or {}
 
 
 def _eos_token_ids(raw: Mapping[str, Any]) -> frozenset[int]:

@@ -15,6 +15,8 @@ from engine.errors import ModelError
 
 # Architecture -> model_type, as transformers writes them.
 ARCHITECTURES = {
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
@@ -22,15 +24,31 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
+DEEPSEEK = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 _MAX_INT = 2**31 - 1
 # sliding_window of the others where the key is absent, as transformers sets it.
 _DEFAULT_WINDOW = 4096
-_NO_DEFAULT_WINDOW = ("LlamaForCausalLM", "MixtralForCausalLM")
+_NO_DEFAULT_WINDOW = ("LlamaForCausalLM", "MixtralForCausalLM", *DEEPSEEK)
 # Only these read use_sliding_window; elsewhere a window that is set is used.
 _SWITCHED_WINDOW = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-_BIASED = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-# Options of the table below that engine/moe_config.py reads.
+_BIASED = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", *DEEPSEEK)
+_DEEPSEEK_READ = {
+    "auto_map",  # names the code that transformers had not got yet
+    "first_k_dense_replace",
+    "kv_lora_rank",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "q_lora_rank",
+    "routed_scaling_factor",
+    "topk_group",
+    "topk_method",
+}
+# Options of the table below that engine/moe_config.py and engine/mla_config.py read.
 _READ: dict[str, set[str]] = {
+    "DeepseekV2ForCausalLM": _DEEPSEEK_READ,
+    "DeepseekV3ForCausalLM": _DEEPSEEK_READ | {"scoring_func"},
     "MixtralForCausalLM": {"num_experts", "num_local_experts"},
     "Qwen3MoeForCausalLM": {
         "num_experts",
@@ -103,6 +121,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     ),
     **dict.fromkeys(
         (
+            "first_k_dense_replace",
             "n_shared_experts",
             "num_experts",
             "num_local_experts",
@@ -113,7 +132,14 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     ),
     # How tokens are routed: softmax over all experts, top-k, renormalised.
     **dict.fromkeys(
-        ("decoder_sparse_step", "n_group", "routed_scaling_factor", "topk_group"), _MULTIPLIER
+        (
+            "decoder_sparse_step",
+            "moe_layer_freq",
+            "n_group",
+            "routed_scaling_factor",
+            "topk_group",
+        ),
+        _MULTIPLIER,
     ),
     "mlp_only_layers": (None, []),
     "norm_topk_prob": (None, True),
@@ -185,6 +211,11 @@ def positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_INT:
         raise ModelError(f"{name} is {value!r}; it must be an integer from 1 to {_MAX_INT}")
     return value
+
+
+def non_negative_int(name: str, value: object) -> int:
+    """The value, if it is 0 or fits a size."""
+    return 0 if value == 0 and not isinstance(value, bool | float) else positive_int(name, value)
 
 
 def non_negative_ints(name: str, value: object) -> frozenset[int]:

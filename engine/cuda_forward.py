@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention import PagedAttention
+from engine.batch import Batch
 from engine.config import ModelConfig
-from engine.decoder import Batch, Decoder
+from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.plan import Chunk
 from engine.prompt_graphs import PromptInputs

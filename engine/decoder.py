@@ -5,17 +5,18 @@ Owns the order of operations; the arithmetic is in kernels.ops. Holds no request
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from engine.attention import Attention
-from engine.config import ModelConfig, RopeConfig
+from engine.batch import Batch
+from engine.config import ModelConfig
+from engine.gqa import GroupedAttention, LayerAttention
+from engine.mla import LatentAttention
 from engine.mlp import DenseMlp, Mlp, Rows, SparseMlp
 from engine.quantisation import WeightFormat
+from engine.rope import inverse_frequencies
 from engine.weights import Parameters
 from kernels import ops
 
@@ -28,36 +29,11 @@ _QUANTISE: dict[WeightFormat, ops.Quantise | None] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One step's ragged batch; on a CPU padded to a multiple of ops.ROW_TILE rows.
-
-    token_ids, positions: [num_rows] int; block_ids, offsets: [num_tokens] int, where the KV of the
-    first num_tokens rows goes; the other rows, and those with a negative block, are padding.
-    With sources [num_rows] int32, a row whose source is not negative has the token
-    sampled[source]. pdl: kernels may be launched under the end of the one before. on_written is
-    called when the last kernel that writes KV is enqueued.
-    """
-
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    block_ids: torch.Tensor
-    offsets: torch.Tensor
-    attention: Attention
-    sources: torch.Tensor | None = None
-    sampled: torch.Tensor | None = None
-    pdl: bool = False
-    on_written: Callable[[], None] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Layer:
     """Parameters of one layer's attention and norms, and its feed-forward."""
 
     input_norm: torch.Tensor
-    qkv: ops.Weight
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    output: ops.Weight
+    attention: LayerAttention
     post_norm: torch.Tensor
     mlp: Mlp
 
@@ -88,6 +64,7 @@ class Decoder:
         on_gpu = config.moe is not None and self._embed.is_cuda
         self._align = ops.alignment(moe_align) if on_gpu else ops.moe_align
         self._tiles: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._rope_tables = self._make_rope_tables(context_len or config.context_len)
         self._head = self._weight(parameters, "head")
         self._layers = [self._layer(parameters, index) for index in range(config.num_layers)]
         # Of the embedding a step reads a row a token, unless it is the head; which experts it reads
@@ -98,11 +75,16 @@ class Decoder:
             if name != "embed" and ".experts_" not in name
         }
         self._step_num_bytes = sum(tensor.nbytes for tensor in distinct.values())
-        # [context_len, head_dim]
-        self._cos, self._sin = ops.rope_tables(
-            inverse_frequencies(config.rope, config.head_dim).to(self._embed.device),
-            context_len or config.context_len,
+
+    def _make_rope_tables(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[num_positions, width of what is rotated] each."""
+        mla, rope = self._config.mla, self._config.rope
+        width = self._config.head_dim if mla is None else mla.rope_dim
+        return ops.rope_tables(
+            inverse_frequencies(rope, width).to(self._embed.device),
+            num_positions,
             self._embed.dtype,
+            1.0 if rope.yarn is None else rope.yarn.table_scale,
         )
 
     @property
@@ -123,7 +105,7 @@ class Decoder:
         x = ops.rmsnorm(residual, self._layers[0].input_norm, eps, quantise=kind, **how)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            x = self._attention(index, x, batch, pages)
+            x = self._attend(index, x, batch, pages)
             x, residual = ops.add_rmsnorm(
                 x, residual, layer.post_norm, eps, quantise=layer.mlp.input_kind, **how
             )
@@ -140,33 +122,14 @@ class Decoder:
         assert isinstance(logits, torch.Tensor)
         return logits
 
-    def _attention(
+    def _attend(
         self, index: int, x: Rows, batch: Batch, pages: ops.KvPages
     ) -> torch.Tensor | ops.Product:
-        config, layer, pdl = self._config, self._layers[index], batch.pdl
-        query = ops.qkv_finish(
-            ops.linear(x, layer.qkv, dtype=self.dtype, partial=True, pdl=pdl),
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=config.rms_norm_eps,
-            cos=self._cos,
-            sin=self._sin,
-            positions=batch.positions,
-            block_ids=batch.block_ids,
-            offsets=batch.offsets,
-            pages=pages,
-            layer=index,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            pdl=pdl,
-        )
+        attention = self._layers[index].attention
+        query = attention.write(x, batch, pages, index)
         if batch.on_written is not None and index == len(self._layers) - 1:
             batch.on_written()
-        attended: Rows = batch.attention.attend(query, pages, index, config.head_dim**-0.5)
-        if self._quantise is not None:
-            group = ops.GROUP if self._quantise == "group" else None
-            attended = ops.quantise(attended, group, pdl=pdl)
-        return ops.linear(attended, layer.output, dtype=self.dtype, partial=True, pdl=pdl)
+        return attention.attend(query, batch, pages, index)
 
     def _norm_warps(self, num_rows: int) -> int | None:
         """Warps per row: the user's number, or the tile table's."""
@@ -179,46 +142,65 @@ class Decoder:
         prefix = f"layers.{index}."
         return _Layer(
             input_norm=parameters[prefix + "input_norm"],
-            qkv=self._weight(parameters, prefix + "qkv"),
-            q_norm=parameters.get(prefix + "q_norm"),
-            k_norm=parameters.get(prefix + "k_norm"),
-            output=self._weight(parameters, prefix + "o"),
+            attention=self._attention(parameters, prefix),
             post_norm=parameters[prefix + "post_norm"],
             mlp=self._mlp(parameters, index, prefix),
+        )
+
+    def _attention(self, parameters: Parameters, prefix: str) -> LayerAttention:
+        config = self._config
+        output = self._weight(parameters, prefix + "o")
+        if config.mla is None:
+            return GroupedAttention(
+                config,
+                self._weight(parameters, prefix + "qkv"),
+                output,
+                (parameters.get(prefix + "q_norm"), parameters.get(prefix + "k_norm")),
+                self._rope_tables,
+                dtype=self.dtype,
+                quantise=self._quantise,
+            )
+        names = ("q",) if config.mla.q_rank is None else ("q_a", "q")
+        return LatentAttention(
+            config.mla,
+            query=tuple(self._weight(parameters, prefix + name) for name in names),
+            q_norm=parameters.get(prefix + "q_a_norm"),
+            kv=self._weight(parameters, prefix + "kv_a"),
+            kv_norm=parameters[prefix + "kv_a_norm"],
+            up=self._weight(parameters, prefix + "kv_b"),
+            output=output,
+            tables=self._rope_tables,
+            tiles=self._tiles,
+            quantise=self._quantise,
         )
 
     def _mlp(self, parameters: Parameters, index: int, prefix: str) -> Mlp:
         kinds: dict[str, Any] = {"dtype": self.dtype, "quantise": self._quantise}
         moe = self._config.moe
+
+        def dense(name: str) -> DenseMlp:
+            weights = (self._weight(parameters, prefix + name + n) for n in ("gate_up", "down"))
+            return DenseMlp(*weights, **kinds)
+
         if moe is None or not self._config.is_sparse(index):
-            gate_up, down = (self._weight(parameters, prefix + n) for n in ("gate_up", "down"))
-            return DenseMlp(gate_up, down, **kinds)
+            return dense("")
         gate_up, down = (
-            ops.prepare_experts(parameters[name], parameters.get(f"{name}.scale"), self._tiles)
+            ops.prepare_stack(parameters[name], parameters.get(f"{name}.scale"), self._tiles)
             for name in (f"{prefix}experts_gate_up", f"{prefix}experts_down")
         )
         router = self._weight(parameters, prefix + "router")
-        return SparseMlp(moe, router, gate_up, down, align=self._align, **kinds)
+        return SparseMlp(
+            moe,
+            router,
+            gate_up,
+            down,
+            align=self._align,
+            correction=parameters.get(prefix + "router_correction"),
+            shared=dense("shared_") if moe.shared_size else None,
+            **kinds,
+        )
 
     def _weight(self, parameters: Parameters, name: str) -> ops.Weight:
         scales, bias = parameters.get(f"{name}.scale"), parameters.get(f"{name}.bias")
         values, tables = parameters[name], self._tables
         return ops.prepare_weight(values, scales, bias, self._tiles, tables=tables)
-
-
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """[head_dim / 2] fp32; scaled as Llama 3.1 (transformers' llama3 rope type)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    inv_freq = 1.0 / (rope.theta**exponent)
-    if rope.factor == 1.0:
-        return inv_freq
-    wavelength = 2 * math.pi / inv_freq
-    low = rope.original_context_len / rope.low_freq_factor
-    high = rope.original_context_len / rope.high_freq_factor
-    smooth = (rope.original_context_len / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blended = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-    scaled = torch.where(wavelength > low, inv_freq / rope.factor, inv_freq)
-    medium = (wavelength <= low) & (wavelength >= high)
-    return torch.where(medium, blended, scaled)

@@ -39,7 +39,7 @@ def dummy_weights(
                 scales = None if scales is None else scales.flatten(0, 1)
             _fill(parameter, scales, std, generator)
         else:
-            mean = 0.0 if name.endswith(".bias") else 1.0
+            mean = 0.0 if name.endswith((".bias", "_correction")) else 1.0
             parameter.normal_(mean, 0.1, generator=generator)
     return parameters
 

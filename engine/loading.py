@@ -78,6 +78,7 @@ def block_layout(config: ModelConfig, block_tokens: int, kv_dtype: torch.dtype) 
         head_dim=config.head_dim,
         dtype_num_bytes=kv_dtype.itemsize,
         scale_num_bytes=KvCache.scale_num_bytes(kv_dtype),
+        num_parts=1 if config.mla is not None else 2,
     )
 
 

@@ -146,7 +146,7 @@ def step_num_bytes(config: ModelConfig, num_rows: int, num_sampled: int, dtype: 
     inner, moe = 3 * config.intermediate_size, config.moe
     if moe is not None:  # every expert of a token has its own rows
         experts = moe.routing.top_k * (2 * config.hidden_size + 3 * moe.intermediate_size)
-        inner = max(inner, experts)
+        inner = max(inner, experts + 3 * moe.shared_size)
     wide = 4 * config.hidden_size + qkv + 2 * config.q_size + inner
     return num_rows * wide * dtype.itemsize + num_sampled * config.vocab_size * 12
 

@@ -16,6 +16,13 @@ Rows = torch.Tensor | ops.Fp8Rows
 """Activations [num_rows, width]: the model's dtype, or FP8 with scales in front of FP8 weights."""
 
 
+def quantised(x: torch.Tensor, kind: ops.Quantise | None, *, pdl: bool) -> Rows:
+    """x [num_rows, width] as weights of a format take it."""
+    if kind is None:
+        return x
+    return ops.quantise(x, ops.GROUP if kind == "group" else None, pdl=pdl)
+
+
 class Mlp(Protocol):
     """Feed-forward of one layer."""
 
@@ -52,9 +59,9 @@ class DenseMlp:
 
 
 class SparseMlp:
-    """Each token through the experts that the router chooses for it.
+    """Each token through the experts that the router chooses for it, and through shared ones.
 
-    The router is never quantised and takes rows of the model's dtype.
+    The router is never quantised: it takes rows of the model's dtype, or of fp32 if it is fp32.
     """
 
     input_kind: None = None
@@ -63,15 +70,20 @@ class SparseMlp:
         self,
         moe: MoeConfig,
         router: ops.Weight,
-        gate_up: ops.ExpertWeights,
-        down: ops.ExpertWeights,
+        gate_up: ops.WeightStack,
+        down: ops.WeightStack,
         *,
         dtype: torch.dtype,
         quantise: ops.Quantise | None,
         align: ops.Align,
+        correction: torch.Tensor | None = None,
+        shared: DenseMlp | None = None,
     ) -> None:
-        """align: see ops.moe_mlp."""
-        self._routing, self._router = moe.routing, router
+        """align: see ops.moe_mlp; correction: the bias of ops.moe_route; shared: the experts that
+        every token goes through.
+        """
+        self._routing, self._router, self._correction = moe.routing, router, correction
+        self._shared = shared
         self._gate_up, self._down = gate_up, down
         self._dtype, self._align = dtype, align
         self._quantise: ops.Quantise | None = quantise
@@ -79,10 +91,13 @@ class SparseMlp:
     def forward(self, x: Rows, *, pdl: bool) -> torch.Tensor:
         """See Mlp."""
         assert isinstance(x, torch.Tensor)
-        routed = ops.moe_route(ops.linear(x, self._router, pdl=pdl), self._routing)
-        rows: Rows = x
-        if self._quantise is not None:
-            rows = ops.quantise(x, ops.GROUP if self._quantise == "group" else None, pdl=pdl)
-        return ops.moe_mlp(
+        logits = ops.linear(x.to(self._router.values.dtype), self._router, pdl=pdl)
+        routed = ops.moe_route(logits, self._routing, self._correction)
+        rows = quantised(x, self._quantise, pdl=pdl)
+        out = ops.moe_mlp(
             rows, routed, self._gate_up, self._down, dtype=self._dtype, align=self._align
         )
+        if self._shared is None:
+            return out
+        shared = self._shared.forward(rows, pdl=pdl)
+        return out + (shared.sum(self._dtype) if isinstance(shared, ops.Product) else shared)

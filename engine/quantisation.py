@@ -23,6 +23,8 @@ BLOCK = 128
 _PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    *(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")),
+    *(f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")),
     *(f"mlp.experts.0.{name}_proj" for name in ("gate", "up", "down")),
     *(f"block_sparse_moe.experts.0.{name}" for name in ("w1", "w2", "w3")),
 )

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from engine.attention import GroupAttention
+from engine.batch import Batch
 from engine.config import ModelConfig
-from engine.decoder import Batch, Decoder
+from engine.decoder import Decoder
 from engine.kv_cache import KvCache
 from engine.loading import Precision, block_layout, load_decoder_and_cache
 from engine.memory import MemoryNeeds, plan_memory, weights_num_bytes

@@ -95,7 +95,7 @@ def load_cuda_runner(
     progress: Progress = lambda line: None,
 ) -> CudaRunner:
     """As load_runner; on a CPU over the kernels' twins, for tests."""
-    config, target = ModelConfig.load(model_dir), torch.device(device)
+    config, target = _load_config(model_dir, device), torch.device(device)
     precision = Precision.resolve(config, options.dtype, options.kv_dtype, target)
     layout = block_layout(config, options.block_tokens, precision.kv_dtype)
     tables = _tables_for(target, options.tables_dir, progress)
@@ -127,6 +127,14 @@ def load_cuda_runner(
     if target.type == "cuda":
         progress(f"memory: {DeviceMemory.of(target)}")
     return runner
+
+
+def _load_config(model_dir: Path, device: str) -> ModelConfig:
+    """ModelError, too, if there are no kernels of a GPU for the model."""
+    config = ModelConfig.load(model_dir)
+    if config.mla is not None:
+        raise ModelError(f"device: {device}; {config.architecture} runs on a CPU only")
+    return config
 
 
 def _memory_plan(

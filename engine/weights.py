@@ -88,21 +88,21 @@ def allocate(
     places: dict[str, Place] = {}
     is_plain = config.checkpoint_format is WeightFormat.PLAIN
 
-    def add(name: str, prefix: str, shape: Shape, kind: str = "weight") -> None:
-        columns = shape.columns if kind == "weight" else ()
-        whole = parameters[name] = torch.empty(
-            *_stack(shape), sum(shape.rows), *columns, device=device, dtype=dtype
-        )
+    def add(name: str, prefix: str, shape: Shape, kind: str) -> None:
+        columns = () if kind == "bias" else shape.columns
+        size = (*_stack(shape), sum(shape.rows), *columns)
+        made = torch.float32 if shape.is_wide else dtype
+        whole = parameters[name] = torch.empty(size, device=device, dtype=made)
         for source, (part,) in _parts(prefix, shape, (whole, shape.rows)):
             places[f"{source}.{kind}"] = Place(target=part)
 
     table, columns = (config.vocab_size,), (config.hidden_size,)
-    add("embed", "", Shape(parts=("model.embed_tokens",), rows=table, columns=columns))
-    add("norm", "", Shape(parts=("model.norm",), rows=columns))
+    add("embed", "", Shape(parts=("model.embed_tokens",), rows=table, columns=columns), "weight")
+    add("norm", "", Shape(parts=("model.norm",), rows=columns), "weight")
     if config.tie_embeddings:
         parameters["head"] = parameters["embed"]
     else:
-        add("head", "", Shape(parts=("lm_head",), rows=table, columns=columns))
+        add("head", "", Shape(parts=("lm_head",), rows=table, columns=columns), "weight")
     for layer in range(config.num_layers):
         for name, shape in layer_shapes(config, layer).items():
             prefix, fused = f"model.layers.{layer}.", f"layers.{layer}.{name}"
@@ -112,7 +112,7 @@ def allocate(
                 parameters.update(values[0])
                 places.update(values[1])
             else:
-                add(fused, prefix, shape)
+                add(fused, prefix, shape, shape.suffix)
             if shape.has_bias:
                 add(f"{fused}.bias", prefix, shape, "bias")
     return parameters, places
@@ -162,9 +162,12 @@ def _fp8(
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
-    """Tensors that carry nothing: old checkpoints' rope tables, and a tied head."""
-    return name.endswith("rotary_emb.inv_freq") or (
-        name == "lm_head.weight" and config.tie_embeddings
+    """Tensors that carry nothing: old checkpoints' rope tables, a tied head, extra layers."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    extra = range(config.num_layers, config.num_layers + config.num_extra_layers)
+    return (name == "lm_head.weight" and config.tie_embeddings) or name.startswith(
+        tuple(f"model.layers.{layer}." for layer in extra)
     )
 
 

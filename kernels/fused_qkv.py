@@ -86,7 +86,7 @@ def _qkv_finish_torch(
         assert isinstance(qk, torch.Tensor)
     cos, sin = (table[positions][:, None] for table in tables)  # [num_rows, 1, head_dim]
     qk = rope(qk, cos, sin)
-    write_pages(pages, layer, qk[:, num_heads:], value, block_ids, offsets)
+    write_pages(pages, layer, (qk[:, num_heads:], value), block_ids, offsets)
     return qk[:, :num_heads]
 
 

@@ -17,7 +17,7 @@ SCALE_NUM_BYTES = 4
 class KvPages:
     """values [num_blocks, num_kv_heads, num_layers, 2, block_tokens, head_dim], any strides with
     the last one 1; scales [num_blocks, num_kv_heads, num_layers, 2, block_tokens] fp32 for FP8
-    values (value = stored * scale), else None. Axis 3 is K, V.
+    values (value = stored * scale), else None. Axis 3 is K, V; of length 1 it is both: a latent.
     """
 
     values: torch.Tensor
@@ -29,14 +29,14 @@ class KvPages:
     ) -> KvPages:
         """Views of storage [num_blocks * block_bytes] uint8; shape as BlockLayout.shape.
 
-        FP8: behind the block_tokens * head_dim values of one (head, layer, K or V) stand its
+        FP8: behind the block_tokens * head_dim values of one (head, layer, part) stand its
         block_tokens scales, so that a head's share of a block stays one run of bytes.
         """
-        heads, layers, two, tokens, dim = shape
+        heads, layers, parts, tokens, dim = shape
         if dtype != FP8:
             return cls(values=storage.view(dtype).view(-1, *shape))
-        page = tokens * (dim + SCALE_NUM_BYTES)  # bytes of one (head, layer, K or V)
-        pages = storage.view(-1, heads, layers, two, page)
+        page = tokens * (dim + SCALE_NUM_BYTES)  # bytes of one (head, layer, part)
+        pages = storage.view(-1, heads, layers, parts, page)
         values = pages[..., : tokens * dim].unflatten(-1, (tokens, dim)).view(dtype)
         scales = pages[..., tokens * dim :].view(torch.float32)
         return cls(values=values, scales=scales)

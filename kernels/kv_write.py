@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kernels.fp8_quant import quantise
@@ -21,38 +23,35 @@ def kv_write(
     cache: [num_blocks, num_kv_heads, num_layers, 2, block_tokens, head_dim]; block_ids, offsets:
     [num_tokens] int64. Rows of key and value after num_tokens (padding of the batch) are not read.
     """
-    num_tokens = block_ids.shape[0]
-    # [num_blocks, block_tokens, 2, num_kv_heads, head_dim]: both indexed dimensions stand first.
-    slots = cache[:, :, layer].permute(0, 3, 2, 1, 4)
-    slots[:, :, 0].index_put_((block_ids, offsets), key[:num_tokens])
-    slots[:, :, 1].index_put_((block_ids, offsets), value[:num_tokens])
+    write_pages(KvPages(values=cache), layer, (key, value), block_ids, offsets)
 
 
 def write_pages(
     pages: KvPages,
     layer: int,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    parts: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
     offsets: torch.Tensor,
 ) -> None:
-    """kv_write into pages, quantised per token and head if they have scales.
+    """Stores the parts of axis 3 of pages, key and value or one latent, each [num_tokens or more,
+    num_kv_heads, head_dim], as kv_write does; quantised per token and head if pages have scales.
 
     A negative block id marks a padding row: nothing is written.
     """
-    key, value = key[: block_ids.shape[0]], value[: block_ids.shape[0]]
+    parts = [part[: block_ids.shape[0]] for part in parts]
     kept = block_ids >= 0
     if not kept.all():
-        key, value, block_ids, offsets = key[kept], value[kept], block_ids[kept], offsets[kept]
+        parts, block_ids, offsets = [p[kept] for p in parts], block_ids[kept], offsets[kept]
     if pages.scales is None:
-        kv_write(pages.values, layer, key, value, block_ids, offsets)
+        slots = pages.values[:, :, layer].permute(0, 3, 2, 1, 4)
+        for index, part in enumerate(parts):
+            slots[:, :, index].index_put_((block_ids, offsets), part)
         return
-    heads = key.shape[1]
-    scales = pages.scales[:, :, layer].permute(0, 3, 2, 1)  # [num_blocks, tokens, 2, num_kv_heads]
+    scales = pages.scales[:, :, layer].permute(0, 3, 2, 1)  # [num_blocks, tokens, parts, heads]
     # As bytes: torch has no indexed store of FP8.
     slots = pages.values.view(torch.uint8)[:, :, layer].permute(0, 3, 2, 1, 4)
-    for index, x in enumerate((key, value)):
-        rows = quantise(x.reshape(-1, x.shape[-1]))
-        stored = rows.values.view(torch.uint8).view(x.shape)
+    for index, part in enumerate(parts):
+        rows = quantise(part.reshape(-1, part.shape[-1]))
+        stored = rows.values.view(torch.uint8).view(part.shape)
         slots[:, :, index].index_put_((block_ids, offsets), stored)
-        scales[:, :, index].index_put_((block_ids, offsets), rows.scales.view(-1, heads))
+        scales[:, :, index].index_put_((block_ids, offsets), rows.scales.view(-1, part.shape[1]))

@@ -15,16 +15,16 @@ from kernels.linear import linear
 from kernels.moe_align import Align, moe_align
 from kernels.moe_launch import launch_moe
 from kernels.moe_routing import Routed
-from kernels.moe_weights import ExpertWeights
 from kernels.silu_mul import silu_mul
 from kernels.weight import Weight
+from kernels.weight_stack import WeightStack
 
 
 def moe_mlp(
     x: torch.Tensor | Fp8Rows,
     routed: Routed,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
+    gate_up: WeightStack,
+    down: WeightStack,
     *,
     dtype: torch.dtype,
     align: Align = moe_align,
@@ -54,8 +54,8 @@ def _check(x: torch.Tensor | Fp8Rows, weight: Weight) -> None:
 def _moe_torch(
     x: torch.Tensor | Fp8Rows,
     routed: Routed,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
+    gate_up: WeightStack,
+    down: WeightStack,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     expert_ids = routed.expert_ids.flatten().long()

@@ -18,7 +18,7 @@ from kernels.fp8_quant import GROUP, Fp8Rows
 from kernels.moe_align import Align, Aligned
 from kernels.moe_gemm_kernels import combine_kernel, down_kernel, gate_up_kernel
 from kernels.moe_routing import Routed
-from kernels.moe_weights import ExpertWeights
+from kernels.weight_stack import WeightStack
 
 _COMBINE = 1024
 _NUM_STAGES = 3
@@ -49,8 +49,8 @@ def _sizes(num_pairs: int, num_experts: int) -> _Sizes:
 def launch_moe(
     x: torch.Tensor | Fp8Rows,
     routed: Routed,
-    gate_up: ExpertWeights,
-    down: ExpertWeights,
+    gate_up: WeightStack,
+    down: WeightStack,
     *,
     dtype: torch.dtype,
     align: Align,
@@ -82,7 +82,7 @@ def launch_moe(
 
 def _gate_up(
     x: torch.Tensor | Fp8Rows,
-    weight: ExpertWeights,
+    weight: WeightStack,
     aligned: Aligned,
     num_pairs: int,
     top_k: int,
@@ -123,7 +123,7 @@ def _gate_up(
 
 def _down(
     fed: torch.Tensor | Fp8Rows,
-    weight: ExpertWeights,
+    weight: WeightStack,
     aligned: Aligned,
     num_pairs: int,
     dtype: torch.dtype,
@@ -157,13 +157,13 @@ def _operand(x: torch.Tensor | Fp8Rows) -> torch.Tensor:
     return values.contiguous()
 
 
-def _descriptor(weight: ExpertWeights, constants: dict[str, Any]) -> TensorDescriptor:
+def _descriptor(weight: WeightStack, constants: dict[str, Any]) -> TensorDescriptor:
     """Of all experts' rows, one above the other."""
     block = [constants["BLOCK_N"], constants["BLOCK_K"]]
     return TensorDescriptor.from_tensor(weight.values.flatten(0, 1), block)
 
 
-def _constants(weight: ExpertWeights, sizes: _Sizes, block_n: int) -> dict[str, Any]:
+def _constants(weight: WeightStack, sizes: _Sizes, block_n: int) -> dict[str, Any]:
     scales = weight.scales
     return {
         "BLOCK_N": block_n,

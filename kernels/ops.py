@@ -21,12 +21,11 @@ from kernels.embedding import embed
 from kernels.fp8_quant import GROUP, Fp8Rows, Quantise, quantise
 from kernels.fused_qkv import qkv_finish
 from kernels.kv_pages import KvPages
-from kernels.kv_write import kv_write
+from kernels.kv_write import kv_write, write_pages
 from kernels.linear import ROW_TILE, exact_tiles, linear, prepare_weight
 from kernels.moe_align import ALIGN_SOURCES, Align, alignment, moe_align
 from kernels.moe_gemm import moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
-from kernels.moe_weights import ExpertWeights, prepare_experts
 from kernels.paged_attention import Group, exact_rows, make_group, paged_attention, scratch_size
 from kernels.paged_decode import DecodeConfig, paged_decode
 from kernels.paged_prefill import paged_prefill
@@ -39,6 +38,7 @@ from kernels.step_times import publish, stamp
 from kernels.table_update import update_table
 from kernels.tiles import TileTables, attention_key, width_key
 from kernels.weight import Weight
+from kernels.weight_stack import WeightStack, prepare_stack, stacked_linear
 
 __all__ = [
     "ALIGN_SOURCES",
@@ -50,7 +50,6 @@ __all__ = [
     "DecodeConfig",
     "DecodePlan",
     "DecodeWorkspace",
-    "ExpertWeights",
     "Fp8Rows",
     "Group",
     "KvPages",
@@ -61,6 +60,7 @@ __all__ = [
     "Routing",
     "TileTables",
     "Weight",
+    "WeightStack",
     "add_rmsnorm",
     "alignment",
     "argmax_rows",
@@ -85,7 +85,7 @@ __all__ = [
     "prefill_plan",
     "prefill_tile_tokens",
     "prefill_tiles",
-    "prepare_experts",
+    "prepare_stack",
     "prepare_weight",
     "publish",
     "qkv_finish",
@@ -95,7 +95,9 @@ __all__ = [
     "rope_tables",
     "scratch_size",
     "silu_mul",
+    "stacked_linear",
     "stamp",
     "update_table",
     "width_key",
+    "write_pages",
 ]

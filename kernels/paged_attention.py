@@ -5,11 +5,13 @@ a (sequence, split, KV head) with a fixed number of query rows, on which a row's
 (measured as in kernels/linear.py), and a split that a row does not see adds exact zeros.
 So a token's bits depend on its query and its context alone: alone or in a batch, prefill, chunked
 prefill and decode agree bit for bit (online softmax: Milakov and Gimelshein, 2018; split KV: Dao et
-al., Flash-Decoding, 2023).
+al., Flash-Decoding, 2023). A cache whose axis 3 has length 1 holds latents (MLA, DeepSeek-V2,
+2024): they are keys and values at once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +44,7 @@ class Pass:
     """PASS_SPLITS consecutive splits: their pages as rows of the cache, and who looks at them.
 
     pages [num_sequences * num_splits * num_kv_heads] int64: row of layer 0 in the cache seen as
-    [num_blocks * num_kv_heads * num_layers, 2 * block_tokens * head_dim].
+    [num_blocks * num_kv_heads * num_layers, parts * block_tokens * head_dim].
     """
 
     pages: torch.Tensor
@@ -90,9 +92,8 @@ def narrow_rows(num_query_heads: int) -> int:
 
 def scratch_size(num_sequences: int, num_splits: int, cache: torch.Tensor) -> int:
     """fp32 values that a group of this shape reads at a time; cache as in `paged_attention`."""
-    num_kv_heads, block_tokens, head_dim = cache.shape[1], cache.shape[4], cache.shape[5]
-    num_pages = num_sequences * min(num_splits, PASS_SPLITS) * num_kv_heads
-    return num_pages * 2 * block_tokens * head_dim
+    num_pages = num_sequences * min(num_splits, PASS_SPLITS) * cache.shape[1]
+    return num_pages * math.prod(cache.shape[3:])
 
 
 def make_group(
@@ -186,7 +187,7 @@ def paged_attention(
     num_kv_heads, head_dim = cache.shape[1], cache.shape[-1]
     scaled = (query.float() * scale).view(query.shape[0], num_kv_heads, -1, head_dim)
     out = torch.zeros_like(scaled)
-    rows = cache.view(-1, 2, *cache.shape[-2:])
+    rows = cache.view(-1, *cache.shape[-3:])
     for group in groups:
         # [num_sequences, num_tokens, num_kv_heads, num_query_heads, head_dim]
         shape = (group.num_sequences, -1, *scaled.shape[1:])
@@ -200,7 +201,7 @@ def _attend(
     """query, out [num_sequences, num_tokens, num_kv_heads, num_query_heads, head_dim] fp32."""
     merged: dict[int, State] = {}  # by the tile's first token
     for part in group.passes:
-        # [num_sequences * num_splits * num_kv_heads, 2, block_tokens, head_dim]
+        # [num_sequences * num_splits * num_kv_heads, parts, block_tokens, head_dim]
         pages = group.scratch[: part.pages.numel() * rows[0].numel()].view(-1, *rows.shape[1:])
         if rows.dtype == pages.dtype:
             torch.index_select(rows, 0, part.pages + layer, out=pages)
@@ -231,7 +232,7 @@ def _pass(query: torch.Tensor, pages: torch.Tensor, tile: Tile) -> State:
     num_sequences, num_tokens, num_kv_heads, num_query_heads, head_dim = query.shape
     shape = (num_sequences, tile.num_splits, num_kv_heads, tile.num_rows)
     num_products = num_sequences * tile.num_splits * num_kv_heads
-    key, value = pages[:num_products].unbind(1)
+    key, value = pages[:num_products, 0], pages[:num_products, -1]
     padded = query.new_zeros(*shape, head_dim)
     used = padded[:, :, :, : num_tokens * num_query_heads]
     used.unflatten(3, (num_tokens, num_query_heads)).copy_(query.transpose(1, 2)[:, None])

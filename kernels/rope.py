@@ -6,15 +6,15 @@ import torch
 
 
 def rope_tables(
-    inv_freq: torch.Tensor, num_positions: int, dtype: torch.dtype
+    inv_freq: torch.Tensor, num_positions: int, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cos, signed sin), each [num_positions, head_dim], of inv_freq [head_dim / 2] fp32.
+    """(cos, signed sin) * scale, each [num_positions, head_dim], of inv_freq [head_dim / 2] fp32.
 
     The sine's left half is negated, so that a rotation is x * cos + swapped(x) * sin.
     """
     positions = torch.arange(num_positions, device=inv_freq.device, dtype=torch.float32)
     angles = positions[:, None] * inv_freq[None, :]
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

@@ -1,6 +1,6 @@
-"""A mixture of experts through the mesh: seeds, FP8, and a resume after a rank's death.
+"""Mixtures of experts through the mesh: seeds, FP8, and a resume after a rank's death.
 
-Its greedy tokens are compared with transformers' in test_tokens.py, as every family's.
+Their greedy tokens are compared with transformers' in test_tokens.py, as every family's.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def _together(mesh: Mesh, requests: list[gateway_pb2.GenerateRequest]) -> list[A
         return list(pool.map(lambda request: generate(mesh, request), requests))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny mixture of experts."""
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture of experts, without and with latent attention."""
     path = tmp_path_factory.mktemp("experts")
-    make_tiny_model("qwen3_moe", path)
+    make_tiny_model(request.param, path)
     return path
 
 

@@ -13,8 +13,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from engine.config import ModelConfig
-from engine.decoder import inverse_frequencies
 from engine.errors import ModelError
+from engine.rope import inverse_frequencies
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -17,13 +17,13 @@ from engine.prompt_graphs import MAX_PROMPTS, MAX_ROWS, prompt_sizes
 from engine.runner import ModelRunner
 from engine.runners import RunnerOptions, load_cuda_runner
 from engine.sampler import LogitsError
-from tests.support.tiny_models import FAMILIES, make_tiny_model
+from tests.support.tiny_models import FAMILIES, LATENT_FAMILIES, make_tiny_model
 
 GREEDY = SamplingParams(temperature=0.0)
 BLOCK_TOKENS = 16
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=[f for f in FAMILIES if f not in LATENT_FAMILIES])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of each family."""
     path = tmp_path_factory.mktemp(f"cuda-{request.param}")

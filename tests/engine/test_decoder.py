@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.config import ModelConfig, RopeConfig
-from engine.decoder import inverse_frequencies
+from engine.config import ModelConfig
 from engine.plan import Chunk
+from engine.rope import RopeConfig, inverse_frequencies
 from engine.runner import ModelRunner
 from tests.support.tiny_models import make_tiny_model
 
@@ -27,6 +27,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"attention_bias": True, "tie_word_embeddings": False, "num_hidden_layers": 3}),
     ("mixtral", {}),
     ("mixtral", {"num_local_experts": 7, "num_experts_per_tok": 1}),
+    ("deepseek_v2", {}),
+    ("deepseek_v2", {"q_lora_rank": 40, "rope_parameters": YARN_FREE}),
+    (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "v_head_dim": 8},
+    ),
+    ("deepseek_v3", {}),
+    ("deepseek_v3", {"rope_interleave": False, "norm_topk_prob": False, "attention_bias": True}),
+    ("deepseek_v3", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
     ("qwen3_moe", {}),
     ("qwen3_moe", {"norm_topk_prob": False, "attention_bias": True}),
     ("qwen3_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [], "num_experts_per_tok": 8}),

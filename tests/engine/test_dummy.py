@@ -30,12 +30,20 @@ def sparse_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig.load(path)
 
 
+@pytest.fixture(scope="module")
+def latent_config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """MLA and experts."""
+    path = tmp_path_factory.mktemp("dummy-latent")
+    make_tiny_model("deepseek_v3", path, hidden_size=128, moe_intermediate_size=128)
+    return ModelConfig.load(path)
+
+
 def make(config: ModelConfig, weight_format: WeightFormat, seed: int = 0) -> Parameters:
     return dummy_weights(config, device=CPU, dtype=BF16, weight_format=weight_format, seed=seed)
 
 
 @pytest.mark.parametrize("weight_format", WeightFormat)
-@pytest.mark.parametrize("kind", ["config", "sparse_config"])
+@pytest.mark.parametrize("kind", ["config", "sparse_config", "latent_config"])
 def test_every_parameter_is_there_and_finite(
     request: pytest.FixtureRequest, kind: str, weight_format: WeightFormat
 ) -> None:

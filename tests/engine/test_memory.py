@@ -62,7 +62,7 @@ def test_impossible_arguments_are_refused() -> None:
         plan_memory(NEEDS, **BLOCK)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize("weight_format", [WeightFormat.PLAIN, WeightFormat.CHANNEL])
 def test_weights_are_counted_exactly(
     tmp_path: Path, weight_format: WeightFormat, family: str

@@ -11,9 +11,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 
 from engine.config import ModelConfig
-from engine.decoder import inverse_frequencies
 from engine.errors import ModelError
 from engine.moe_config import MoeConfig
+from engine.rope import inverse_frequencies
 
 BASE: dict[str, Any] = {
     "vocab_size": 100,

@@ -56,11 +56,26 @@ def hidden(runner: ModelRunner, tokens: list[int], cuts: tuple[int, ...] = ()) -
     return torch.cat(parts)
 
 
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As models, of a mixture of experts."""
-    folder = tmp_path_factory.mktemp("precision-experts")
-    make_tiny_model("qwen3_moe", folder / "plain", moe_intermediate_size=128, **SIZES)
+# Small weights: attention over latents of 128 values would be all peaks.
+LATENT: dict[str, Any] = {
+    "initializer_range": 0.05,
+    "num_key_value_heads": 2,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 96,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])
+def experts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """As models, of mixtures of experts."""
+    folder = tmp_path_factory.mktemp(f"precision-{request.param}")
+    sizes = SIZES if request.param == "qwen3_moe" else {**SIZES, **LATENT}
+    make_tiny_model(request.param, folder / "plain", moe_intermediate_size=128, **sizes)
     make_channel_checkpoint(folder / "plain", folder / "channel")
     make_block_checkpoint(folder / "plain", folder / "block")
     return {name: folder / name for name in ("plain", "channel", "block")}

@@ -84,6 +84,21 @@ def test_experts_are_stacked_in_order(
         load(tmp_path)
 
 
+def test_what_deepseek_has_besides_and_its_extra_layers(tmp_path: Path) -> None:
+    make_tiny_model("deepseek_v3", tmp_path)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    correction = load_file(tmp_path / "model.safetensors")[name]
+    assert correction.any()
+    # The layer of multi-token prediction, behind the three that there are, is not read.
+    rewrite(tmp_path, {"model.layers.3.eh_proj.weight": torch.zeros(2)})
+    parameters = load(tmp_path)
+    assert torch.equal(parameters["layers.1.router_correction"], correction)
+    assert parameters["layers.1.shared_down"].shape == (64, 2 * 48)
+    rewrite(tmp_path, {"model.layers.4.eh_proj.weight": torch.zeros(2)})
+    with pytest.raises(ModelError, match=r"model\.layers\.4\.eh_proj\.weight is unknown"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_shards_give_what_one_file_gives(tmp_path: Path, tied: bool) -> None:
     make_tiny_model("qwen3", tmp_path / "one", tie_word_embeddings=tied)

@@ -14,7 +14,7 @@ from kernels.fp8_quant import FP8, GROUP, Fp8Rows, quantise
 from kernels.moe_align import Aligned, alignment, moe_align
 from kernels.moe_gemm import _moe_torch, moe_mlp
 from kernels.moe_routing import Routed, Routing, _route_torch, moe_route
-from kernels.moe_weights import ExpertWeights, prepare_experts
+from kernels.weight_stack import WeightStack, prepare_stack
 from tests.support.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -34,18 +34,18 @@ V3 = Routing(
 )
 
 
-def experts(num_rows: int, width: int, form: str) -> ExpertWeights:
+def experts(num_rows: int, width: int, form: str) -> WeightStack:
     values = torch.randn(NUM_EXPERTS, num_rows, width, device="cuda") * width**-0.5
     if form == "plain":
-        return prepare_experts(values.bfloat16())
+        return prepare_stack(values.bfloat16())
     if form == "channel":
         rows = quantise(values.flatten(0, 1))
-        return prepare_experts(
+        return prepare_stack(
             rows.values.view(values.shape), rows.scales.view(NUM_EXPERTS, num_rows)
         )
     shape = NUM_EXPERTS, num_rows // GROUP, width // GROUP
     scales = torch.rand(shape, device="cuda") / 50 + 0.02
-    return prepare_experts((values * 50).to(FP8), scales)
+    return prepare_stack((values * 50).to(FP8), scales)
 
 
 def rows_of(x: torch.Tensor, form: str) -> torch.Tensor | Fp8Rows:
@@ -59,7 +59,7 @@ def inputs(num_tokens: int) -> tuple[torch.Tensor, Routed]:
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def layer(request: pytest.FixtureRequest) -> tuple[str, ExpertWeights, ExpertWeights]:
+def layer(request: pytest.FixtureRequest) -> tuple[str, WeightStack, WeightStack]:
     """(format, gate and up, down)."""
     torch.manual_seed(0)
     form = request.param
@@ -109,7 +109,7 @@ def test_alignment_is_vllms_and_the_twins(num_tokens: int, tile_size: int) -> No
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 300, 2000])
 def test_the_kernels_are_near_the_twin(
-    layer: tuple[str, ExpertWeights, ExpertWeights], num_tokens: int
+    layer: tuple[str, WeightStack, WeightStack], num_tokens: int
 ) -> None:
     form, gate_up, down = layer
     x, routed = inputs(num_tokens)
@@ -121,7 +121,7 @@ def test_the_kernels_are_near_the_twin(
 
 
 def test_a_tokens_bits_do_not_depend_on_the_others(
-    layer: tuple[str, ExpertWeights, ExpertWeights],
+    layer: tuple[str, WeightStack, WeightStack],
 ) -> None:
     """Tiles of 16, 64 and 128 tokens: whatever the number of tokens makes of them."""
     form, gate_up, down = layer
@@ -134,7 +134,7 @@ def test_a_tokens_bits_do_not_depend_on_the_others(
         assert torch.equal(out, whole[ids]), len(ids)
 
 
-def test_a_graph_replays_other_routes(layer: tuple[str, ExpertWeights, ExpertWeights]) -> None:
+def test_a_graph_replays_other_routes(layer: tuple[str, WeightStack, WeightStack]) -> None:
     form, gate_up, down = layer
     x, routed = inputs(32)
     rows = rows_of(x, form)

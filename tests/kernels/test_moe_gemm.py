@@ -8,7 +8,7 @@ import torch
 from kernels.fp8_quant import FP8, GROUP, Fp8Rows, Quantise, quantise
 from kernels.moe_gemm import moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
-from kernels.moe_weights import ExpertWeights, prepare_experts
+from kernels.weight_stack import WeightStack, prepare_stack
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K = 6, 128, 256, 3
 FORMATS: dict[str, tuple[torch.dtype, Quantise | None]] = {
@@ -24,17 +24,17 @@ def _threads(request: pytest.FixtureRequest) -> None:
     torch.set_num_threads(request.param)
 
 
-def _experts(num_rows: int, width: int, form: str) -> ExpertWeights:
+def _experts(num_rows: int, width: int, form: str) -> WeightStack:
     values = torch.randn(NUM_EXPERTS, num_rows, width) * width**-0.5
     dtype, kind = FORMATS[form]
     if kind is None:
-        return prepare_experts(values.to(dtype))
+        return prepare_stack(values.to(dtype))
     if kind == "token":
         rows = quantise(values.flatten(0, 1))
         made = rows.values.view(values.shape), rows.scales.view(NUM_EXPERTS, num_rows)
-        return prepare_experts(*made)
+        return prepare_stack(*made)
     scales = torch.rand(NUM_EXPERTS, num_rows // GROUP, width // GROUP) / 50 + 0.02
-    return prepare_experts((values * 50).to(FP8), scales)
+    return prepare_stack((values * 50).to(FP8), scales)
 
 
 def _routed(num_tokens: int) -> Routed:
@@ -43,7 +43,7 @@ def _routed(num_tokens: int) -> Routed:
 
 
 def _run(
-    x: torch.Tensor, routed: Routed, gate_up: ExpertWeights, down: ExpertWeights, form: str
+    x: torch.Tensor, routed: Routed, gate_up: WeightStack, down: WeightStack, form: str
 ) -> torch.Tensor:
     dtype, kind = FORMATS[form]
     rows: torch.Tensor | Fp8Rows = x.to(dtype)
@@ -80,7 +80,7 @@ def test_a_tokens_bits_do_not_depend_on_the_others(form: str) -> None:
 
 def test_scales_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"scales \[5\]"):
-        prepare_experts(torch.zeros(2, 8, 16).to(FP8), torch.ones(2, 5))
+        prepare_stack(torch.zeros(2, 8, 16).to(FP8), torch.ones(2, 5))
 
 
 def test_rows_of_another_format_are_refused() -> None:

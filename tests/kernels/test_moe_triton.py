@@ -16,8 +16,8 @@ from kernels import moe_align, moe_launch, moe_routing
 from kernels.fp8_quant import FP8, GROUP, Fp8Rows, quantise
 from kernels.moe_gemm import moe_mlp
 from kernels.moe_routing import Routed, Routing, moe_route
-from kernels.moe_weights import ExpertWeights, prepare_experts
 from kernels.silu_mul import silu_mul
+from kernels.weight_stack import WeightStack, prepare_stack
 from tests.support.fp8_rows import INTERPRETER_WRONG_BYTES, bytes_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's turn is CPU's")
@@ -108,17 +108,17 @@ def test_who_aligns_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> None
     assert moe_align.alignment("kvmesh") is moe_align.moe_align
 
 
-def _experts(num_rows: int, width: int, form: str) -> ExpertWeights:
+def _experts(num_rows: int, width: int, form: str) -> WeightStack:
     values = torch.randn(NUM_EXPERTS, num_rows, width) * width**-0.5
     if form == "plain":
-        return prepare_experts(values.half().float())
+        return prepare_stack(values.half().float())
     if form == "channel":
         rows = quantise(values.flatten(0, 1))
-        return prepare_experts(
+        return prepare_stack(
             rows.values.view(values.shape), rows.scales.view(NUM_EXPERTS, num_rows)
         )
     scales = torch.rand(NUM_EXPERTS, num_rows // GROUP, width // GROUP) / 50 + 0.02
-    return prepare_experts((values * 50).to(FP8), scales)
+    return prepare_stack((values * 50).to(FP8), scales)
 
 
 def _routed(num_tokens: int) -> Routed:

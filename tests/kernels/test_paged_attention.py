@@ -24,9 +24,10 @@ class Bench:
         head_dim: int = 16,
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
+        num_parts: int = 2,
     ) -> None:
         self.group_size, self.num_kv_heads = group_size, 2
-        shape = (NUM_BLOCKS, self.num_kv_heads, NUM_LAYERS, 2, block_tokens, head_dim)
+        shape = (NUM_BLOCKS, self.num_kv_heads, NUM_LAYERS, num_parts, block_tokens, head_dim)
         self.cache = torch.randn(shape).to(dtype)
         self.wide_rows = ops.exact_rows(group_size, head_dim, block_tokens, torch.device("cpu"))
         self.scratch = torch.empty(ops.scratch_size(10, 20, self.cache))
@@ -58,14 +59,14 @@ class Bench:
         """Dense softmax attention in float64."""
         num_tokens = query.shape[0]
         pages = self.cache[sequence * 20 : sequence * 20 + 20, :, 1].double()
-        # [num_kv_heads, 2, context, head_dim]
+        # [num_kv_heads, num_parts, context, head_dim]
         flat = pages.permute(1, 2, 0, 3, 4).flatten(2, 3)
         flat = flat.repeat_interleave(self.group_size, 0)
         scores = query.double().transpose(0, 1) @ flat[:, 0].transpose(1, 2)
         scores *= self.cache.shape[-1] ** -0.5
         keys, positions = torch.arange(flat.shape[2]), torch.arange(start, start + num_tokens)
         scores.masked_fill_(keys[None, :] > positions[:, None], -torch.inf)
-        return (scores.softmax(-1) @ flat[:, 1]).transpose(0, 1)
+        return (scores.softmax(-1) @ flat[:, -1]).transpose(0, 1)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 7, 8, 12])
@@ -75,6 +76,14 @@ def test_values_are_softmax_attention(group_size: int, start: int) -> None:
     query = bench.query(70)
     out = bench.attend(query, bench.group(slice(0, 70), [start], [3]))
     torch.testing.assert_close(out.double(), bench.expected(query, start, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [4, 16])
+def test_a_latent_is_key_and_value_at_once(group_size: int) -> None:
+    bench = Bench(group_size, head_dim=40, num_parts=1)
+    query = bench.query(70)
+    out = bench.attend(query, bench.group(slice(0, 70), [200], [3]))
+    torch.testing.assert_close(out.double(), bench.expected(query, 200, 3), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 7])

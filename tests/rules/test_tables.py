@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import ModelConfig, RopeConfig
+from engine.config import ModelConfig
 from engine.quantisation import WeightFormat
+from engine.rope import RopeConfig
 from engine.weights import allocate
 from kernels.matmul_tiles import make_plan
 from kernels.tile_format import TUNED, read_table

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.quantisation import BLOCK, FP8, FP8_MAX, quantise_rows
 
-_PROJECTION = re.compile(r"(_proj|\.w[123])\.weight$")
+_PROJECTION = re.compile(r"(_proj|_with_mqa|\.w[123])\.weight$")
 _SHARED = {"type": "float", "num_bits": 8, "symmetric": True}
 CHANNEL_CONFIG: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -72,7 +72,9 @@ def _channel(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    num_rows = weight.shape[0]
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, -num_rows % BLOCK))
     blocks = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).float()
     scale = (blocks.abs().amax((1, 3)) / FP8_MAX).to(torch.bfloat16)  # [N / 128, K / 128]
     values = (blocks / scale[:, None, :, None].float()).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return values.reshape(weight.shape), scale
+    return values.reshape(weight.shape)[:num_rows].contiguous(), scale

@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -26,6 +28,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CONFIGS = {
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "mixtral": MixtralConfig,
@@ -34,8 +38,36 @@ _CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig,
 }
 FAMILIES = tuple(_CONFIGS)
+LATENT_FAMILIES = ("deepseek_v2", "deepseek_v3")
+"""With MLA: on a CPU only."""
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 256,
+    },
+}
 # Three layers, the first of them dense; more experts than a token goes to.
 _EXPERTS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, "q_lora_rank": None},
+    "deepseek_v3": {**_LATENT, "q_lora_rank": 48, "n_group": 4, "topk_group": 2},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 8,
@@ -60,6 +92,9 @@ def make_tiny_model(
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     make_byte_tokenizer(path)
 
@@ -81,7 +116,7 @@ def _settings(family: str) -> dict[str, Any]:
         "pad_token_id": None,
         **_EXPERTS.get(family, {}),
     }
-    if family == "qwen2":
+    if family == "qwen2" or family in LATENT_FAMILIES:
         del settings["head_dim"]
     if family == "mistral":
         settings["sliding_window"] = None
