@@ -1,6 +1,6 @@
 """Runs the GPU benchmarks, prints their tables and writes benchmarks/results/*.json.
 
-    python -m benchmarks.gpu [gemm norm attention sampling engine]
+    python -m benchmarks.gpu [gemm norm attention sampling engine moe_engine]
 
 Each benchmark compares its operations with their references before it times them, and is a process
 of its own, so that it has the whole memory. It is a module beside this one: with `run(bandwidth) ->
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu.timing import RESULTS, copy_bandwidth, environment, print_table
 
-NAMES = ("gemm", "norm", "attention", "sampling", "engine")
+NAMES = ("gemm", "norm", "attention", "sampling", "engine", "moe_engine")
 
 
 def main() -> int:
