@@ -32,6 +32,7 @@ class Sending:
         self._tail = worker.store.publish(tail_keys, is_private=True, tenant=tenant)
         self._has_tail_key = bool(tail_key)
         self._reserved = asyncio.ensure_future(self._reserve())
+        self._tasks: set[asyncio.Task[bool]] = set()
         self._last: asyncio.Task[bool] | None = None
         self._last_tail: asyncio.Task[bool] | None = None
         self._is_good: asyncio.Future[bool] | None = None  # of what was sent since `seal`
@@ -55,7 +56,12 @@ class Sending:
     def send_tail(self, block: int, num_tokens: int) -> None:
         """Sends the tail, num_tokens tokens, if that was not done; sealed by `finish` only."""
         if self._has_tail_key and self._last_tail is None:
-            self._last_tail = self._begin(self._send_tail(block, num_tokens))
+            worker = self._worker
+            worker.pool.share([block])  # no other owner's KV is cleared, however late that is
+            clear = worker.on_settled(worker.runner.cache.zero_block_tail, block, num_tokens)
+            cleared = asyncio.ensure_future(clear)
+            cleared.add_done_callback(lambda _: worker.release([block]))
+            self._last_tail = self._begin(self._send_tail(block, cleared))
 
     async def reserved(self) -> None:
         """Waits until the slots are reserved: from then on a reader can wait for what is sent."""
@@ -66,17 +72,24 @@ class Sending:
         self._is_tail_wanted.set_result(wants_tail)
         await each([_over(self._last), _over(self._last_tail)])
 
+    def drop(self) -> None:
+        """Nothing more is sealed: from now on the blocks may be another's."""
+        # Each, not the last alone: before its first turn a task does not cancel what it awaits.
+        for task in self._tasks:
+            task.cancel()
+
     def close(self) -> None:
         """Drops what is under way and gives unused slots back."""
         self._reserved.cancel()
-        for last in (self._last, self._last_tail):
-            if last is not None:
-                last.cancel()
+        self.drop()
         self._blocks.close()
         self._tail.close()
 
     def _begin(self, sending: Coroutine[None, None, bool]) -> asyncio.Task[bool]:
-        return asyncio.get_running_loop().create_task(sending, context=self._context)
+        task = asyncio.get_running_loop().create_task(sending, context=self._context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _reserve(self) -> None:
         deadline = Deadline(PUBLISH_DEADLINE_S)
@@ -98,9 +111,8 @@ class Sending:
         )
         return num_sealed == len(block_ids)
 
-    async def _send_tail(self, block: int, num_tokens: int) -> bool:
-        cache = self._worker.runner.cache
-        await self._worker.on_settled(cache.zero_block_tail, block, num_tokens)
+    async def _send_tail(self, block: int, cleared: asyncio.Future[None]) -> bool:
+        await asyncio.shield(cleared)  # a thread goes on when this is cancelled
         await self.reserved()
         deadline = Deadline(PUBLISH_DEADLINE_S)
         return await self._tail.send(0, [block], deadline, self._is_tail_wanted) == 1

@@ -1,7 +1,6 @@
 """PrefillService: one prompt in, sealed blocks and first tokens out.
 
-Owns the life of a prompt on this instance: memory, pull, chunks, hand-off. Never generates past
-the first token.
+Owns a prompt's life on this instance: memory, pull, chunks, hand-off. Stops at the first token.
 """
 
 from __future__ import annotations
@@ -112,8 +111,7 @@ class Prompt:
         self._token_ids = list(request.prompt_token_ids)
         self._root = worker.root(request.cache_salt)
         self._keys = block_keys(self._root, self._token_ids, worker.block_tokens)
-        has_tail = len(self._token_ids) % worker.block_tokens > 0
-        self._tail_key = request.tail_key if has_tail else b""
+        self._tail_key = request.tail_key if len(self._token_ids) % worker.block_tokens else b""
         self.is_handed_off = False
         self._num_sent = 0
         self._sending: Sending | None = None
@@ -230,7 +228,9 @@ class Prompt:
             self._computed.set_result(item)
 
     def fail(self, error: BaseException) -> None:
-        """The step that held this prompt failed."""
+        """The step that held this prompt failed: its blocks are free already."""
+        if self._sending is not None:
+            self._sending.drop()
         if not self._computed.done():
             failure = Internal(f"prefill step failed: {error}", reason="STEP_FAILED")
             self._trace.fail(failure.reason)

@@ -10,6 +10,7 @@ import pytest
 
 from engine.runner import ModelRunner
 from engine.scheduler import PrefillScheduler
+from mesh.errors import Internal
 from mesh.kvstore_client import PullResult
 from protos import common_pb2, prefill_pb2
 from services.prefill.servicer import PrefillServicer
@@ -28,6 +29,7 @@ class Publishing:
 
     def __init__(self, reserved: asyncio.Event) -> None:
         self._reserved = reserved
+        self.num_sent = 0
 
     async def reserve(self, deadline: object) -> None:
         await self._reserved.wait()
@@ -35,6 +37,7 @@ class Publishing:
     async def send(
         self, first: int, block_ids: list[int], deadline: object, may_seal: asyncio.Future[bool]
     ) -> int:
+        self.num_sent += len(block_ids)
         await asyncio.shield(may_seal)
         return len(block_ids)
 
@@ -47,12 +50,17 @@ class Store:
 
     def __init__(self) -> None:
         self.reserved = asyncio.Event()
+        self.publishes: list[Publishing] = []
 
     async def pull(self, *_: Any, **__: Any) -> PullResult:
         return PullResult(num_blocks=0, failures=())
 
     def publish(self, *_: Any, **__: Any) -> Publishing:
-        return Publishing(self.reserved)
+        self.publishes.append(Publishing(self.reserved))
+        return self.publishes[-1]
+
+    async def discard(self, keys: list[bytes]) -> None:
+        pass
 
 
 class Instance:
@@ -87,6 +95,8 @@ class Instance:
             (prompt,) = self.servicer._prompts.values()
             self.responses.append(response)
             self.progress.append(prompt._sequence.num_computed)
+            for _ in range(20):  # until it is written out
+                await asyncio.sleep(0)
 
     @property
     def events(self) -> list[str | None]:
@@ -151,5 +161,30 @@ async def test_a_prompt_that_nobody_decodes_is_not_announced(model: Path) -> Non
     await asyncio.wait_for(instance.prefill(max_new_tokens=1), 20)
     assert instance.events == ["started", "finished"]
     assert not instance.responses[1].finished.handoff.tail_key
+    await instance.worker.engine.close()
+    await loop
+
+
+async def test_blocks_that_a_failed_step_freed_do_not_leave(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instance = Instance(model)
+    runner = instance.worker.runner
+    compute = runner.results
+
+    def results(step: Any) -> Any:
+        if instance.num_steps == 1:
+            raise RuntimeError("NaN")
+        return compute(step)
+
+    monkeypatch.setattr(runner, "results", results)
+    loop = asyncio.ensure_future(instance.worker.engine.run())
+    call = asyncio.ensure_future(instance.prefill())
+    pool, engine = instance.worker.pool, instance.worker.engine
+    await instance.until(lambda: engine.num_steps == 2 and pool.num_free == pool.num_blocks)
+    instance.store.reserved.set()  # only now do the blocks of the first step have slots
+    with pytest.raises(Internal, match="NaN"):
+        await asyncio.wait_for(call, 20)
+    assert [publish.num_sent for publish in instance.store.publishes] == [0, 0]
     await instance.worker.engine.close()
     await loop
